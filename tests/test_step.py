@@ -1,0 +1,174 @@
+"""The loss and the whole step."""
+
+import copy
+import math
+import zlib
+
+import pytest
+import torch
+
+from conftest import random_llama
+from dqo import Config, advantages, dqo_step, embed, marginal_gains, policy_loss, sample, token_logps
+
+
+class HashEncoder:
+    """A stand-in with sentence-transformers' interface: a random direction per text, the same every time."""
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, texts):
+        self.seen += texts
+        return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(zlib.crc32(t.encode()))) for t in texts]).numpy()
+
+
+def reward(prompts, responses, rows):
+    return [min(1.0, len(set(r.split())) / 8) for r in responses]
+
+
+ROWS = [{"prompt": "<s> w5 w6"}, {"prompt": "<s> w9 w9 w3"}, {"prompt": "<s>"}]
+
+
+def config(**kw):
+    return Config(**{**dict(k=4, prompts=3, max_new_tokens=10, beta=0.0, lr=1e-3), **kw})
+
+
+def step(model, tokenizer, reference=None, encoder=None, **kw):
+    """One step from a fixed seed with plain SGD at lr 1, so that the update *is* the gradient. -> (updates, metrics)"""
+    model = copy.deepcopy(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    torch.manual_seed(4)
+    metrics = dqo_step(model, tokenizer, encoder or HashEncoder(), reward, optimizer, ROWS, config(**kw), reference)
+    return [b - p.detach() for b, p in zip(before, model.parameters())], metrics
+
+
+def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
+    """The same update assembled by hand from the public functions."""
+    updates, metrics = step(model, tokenizer)
+    torch.manual_seed(4)
+    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    quality = torch.tensor(reward(None, rollout.texts, None)).view(3, 4)
+    gain = marginal_gains(embed(HashEncoder(), rollout.texts).view(3, 4, -1))
+    weight = advantages(quality, 1.0 * gain, "mean")
+    logp = token_logps(model, rollout)
+    loss = -(weight.flatten()[:, None] * logp).sum() / (12 * 10)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    scale = min(1.0, 1 / (torch.stack([g.norm() for g in grads]).norm().item() + 1e-6))
+    for u, g in zip(updates, grads):
+        torch.testing.assert_close(u, g * scale, rtol=1e-4, atol=1e-6)
+    assert metrics["quality"] == pytest.approx(quality.mean().item()) and metrics["gain"] == pytest.approx(gain.mean().item())
+    assert metrics["drift"] < 1e-5 and metrics["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
+    s = metrics["samples"][5]
+    assert s["prompt"] == ROWS[1]["prompt"] and s["response"] == rollout.texts[5] and s["advantage"] == pytest.approx(weight[1, 1].item())
+
+
+@pytest.mark.parametrize("objective", ["dqo", "grpo", "pairwise"])
+def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
+    whole, m = step(model, tokenizer, objective=objective)
+    assert max(u.abs().max() for u in whole) > 1e-3 and m["grad_norm"] > 1e-3  # at ratio 1 the gradient is not zero
+    for size in (1, 4, 5, 12):
+        parts, n = step(model, tokenizer, objective=objective, micro_batch=size)
+        for a, b in zip(whole, parts):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        for key in ("loss", "grad_norm", "drift"):
+            assert m[key] == pytest.approx(n[key], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(model, tokenizer, monkeypatch):
+    whole, _ = step(model, tokenizer)
+    model.gradient_checkpointing_enable()
+    calls = []
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda self, *a, f=type(model.model.layers[0]).forward, **kw: (calls.append(1), f(self, *a, **kw))[1])
+    again, metrics = step(model, tokenizer)
+    for a, b in zip(whole, again):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert metrics["drift"] < 1e-5
+
+
+def test_chunked_log_softmax_is_exact(model, tokenizer):
+    torch.manual_seed(0)
+    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    grads = []
+    for chunk in (1, 2 ** 24):
+        logp = token_logps(model, rollout, 0.7, chunk=chunk)
+        grads.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_on_policy_loss_has_value_but_above_all_a_gradient():
+    logp = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, stats = policy_loss(logp, torch.tensor([1.0, -1.0]), mask, 4)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(2 - 1) / 8)
+    torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) / 8)
+    assert stats["clipped"] == 0 and stats["entropy"] == pytest.approx(3.5 / 3)
+
+
+def test_clipped_ratio_by_hand():
+    """Four tokens: ratio 1.5 and 0.5 under a positive and a negative advantage, clip 0.2."""
+    ratio = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
+    old = torch.full((2, 2), -1.0)
+    logp = (old + ratio.log()).requires_grad_()
+    loss, stats = policy_loss(logp, torch.tensor([2.0, -2.0]), torch.ones(2, 2, dtype=torch.bool), 5, old, clip=0.2)
+    loss.backward()
+    # min(1.5 * 2, 1.2 * 2) = 2.4 (flat)   min(0.5 * 2, 0.8 * 2) = 1.0
+    # min(-3, -2.4) = -3                   min(-1, -1.6) = -1.6 (flat)
+    assert loss.item() == pytest.approx(-(2.4 + 1.0 - 3.0 - 1.6) / 10)
+    torch.testing.assert_close(logp.grad, -torch.tensor([[0.0, 0.5 * 2], [1.5 * -2, 0.0]]) / 10)
+    assert stats["clipped"] == 0.5
+    per_token, _ = policy_loss(logp, torch.tensor([[2.0, 2.0], [-2.0, -2.0]]), torch.ones(2, 2, dtype=torch.bool), 5, old, clip=0.2)
+    assert per_token.item() == pytest.approx(loss.item())
+
+
+def test_epochs(model, tokenizer):
+    """The first of several epochs is the on-policy step; the second is not, and moves on."""
+    one, _ = step(model, tokenizer)
+    two, metrics = step(model, tokenizer, epochs=2)
+    assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(one, two))
+    assert metrics["drift"] < 1e-5  # of the first epoch
+    micro, _ = step(model, tokenizer, epochs=2, micro_batch=5)
+    for a, b in zip(two, micro):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_kl_is_zero_at_the_reference_and_pulls_back_away_from_it(model, tokenizer):
+    without, _ = step(model, tokenizer)
+    at, metrics = step(model, tokenizer, copy.deepcopy(model), beta=0.5)
+    assert abs(metrics["kl"]) < 1e-5
+    for a, b in zip(without, at):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    other = random_llama(40, seed=9)
+    away, metrics = step(model, tokenizer, other, beta=0.5)
+    assert metrics["kl"] > 0.1 and any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(without, away))
+    # by hand: r - beta * log(pi/pi_ref), summed over the response
+    torch.manual_seed(4)
+    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    with torch.no_grad():
+        ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1)
+    quality = torch.tensor(reward(None, rollout.texts, None))
+    gain = torch.tensor([s["gain"] for s in metrics["samples"]])
+    expected = advantages((quality - 0.5 * ratio).view(3, 4), gain.view(3, 4), "mean").flatten()
+    torch.testing.assert_close(torch.tensor([s["advantage"] for s in metrics["samples"]]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_stay_within_their_group(model, tokenizer):
+    """Each prompt's advantages sum to 0 on their own, and grpo does not touch the encoder."""
+    for objective in ("dqo", "grpo"):
+        _, metrics = step(model, tokenizer, objective=objective)
+        a = torch.tensor([s["advantage"] for s in metrics["samples"]]).view(3, 4)
+        torch.testing.assert_close(a.sum(1), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.manual_seed(4)
+    metrics = dqo_step(copy.deepcopy(model), tokenizer, None, reward, torch.optim.SGD(model.parameters(), lr=0.0), ROWS, config(objective="grpo"))
+    assert math.isnan(metrics["log_det"]) and math.isfinite(metrics["quality"])
+
+
+def test_embed():
+    encoder = HashEncoder()
+    phi = embed(encoder, ["b", "a", "b", "", "a", ""])
+    assert encoder.seen == ["b", "a", ""]  # each once
+    assert phi.shape == (6, 16) and phi.dtype == torch.float32
+    torch.testing.assert_close(phi.norm(dim=1), torch.ones(6))
+    assert phi[0].equal(phi[2]) and phi[1].equal(phi[4]) and phi[3].equal(phi[5]) and not phi[0].equal(phi[1])
