@@ -71,10 +71,10 @@ class Config:
     epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
     clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
     beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
-    lr: float | None = option(None, "learning rate of AdamW [data/tiny: 5e-4; else 1e-6]")
+    lr: float | None = option(None, "learning rate of AdamW, decayed linearly to 0 [data/tiny: 5e-4; else 1e-6]")
     temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature")
     max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]")
-    micro_batch: int = option(0, "responses per backward pass; 0 = all at once; any value gives the same gradient")
+    micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient")
     limit: int = option(0, "use only the first N prompts of each task; 0 = all")
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
     prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
@@ -235,15 +235,16 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
 
 
 # ================================================================================================= 2. embed
-def embed(encoder, texts):
+def embed(encoder, texts, known=None):
     """Sentence embeddings on the unit sphere, (B, D) float32 on the CPU. Only directions (meanings) count.
 
-    encoder: anything with sentence-transformers' `.encode(list[str])`. Equal texts are encoded once, which is most of
-    the work late in training. The empty string is a text like any other (and a duplicate of other empty ones)."""
-    unique = list(dict.fromkeys(texts))
-    vectors = torch.as_tensor(encoder.encode(unique)).float().cpu()                 # (U, D)
-    row = {text: i for i, text in enumerate(unique)}
-    return F.normalize(vectors, dim=-1)[[row[text] for text in texts]]              # (B, D)
+    encoder: anything with sentence-transformers' `.encode(list[str])`. Equal texts are encoded once; with `known`, a
+    dict that the caller keeps, also across calls. The empty string is a text like any other."""
+    known = {} if known is None else known
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    if new:
+        known.update(zip(new, F.normalize(torch.as_tensor(encoder.encode(new)).float().cpu(), dim=-1)))  # U x (D,)
+    return torch.stack([known[text] for text in texts])                             # (B, D)
 
 
 # ======================================================================= 3. volume: Gram matrix, log det, gains
@@ -363,13 +364,14 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
 
 
 # =================================================================================================== 6. step
-def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None):
+def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None, known=None):
     """One whole step of the algorithm: sample, judge, embed, weigh, update. Returns a dict of metrics.
 
     rows:      P dicts with "prompt" (text or messages; "ids" if tokenized already) and whatever the reward needs
     reward:    function(prompts, responses, rows) -> B floats
     encoder:   may be None for `grpo`, which needs none
     reference: the frozen starting model, with beta > 0
+    known:     a dict that remembers embeddings from step to step, see `embed`
     `metrics["samples"]` holds the groups themselves: one dict per response."""
     P, k = len(rows), config.k
     clock = {"_": time.perf_counter()}
@@ -391,7 +393,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
     # 3. the volume they span, and what each response adds to it
     if encoder is not None:
-        phi = embed(encoder, rollout.texts).view(P, k, -1)                          # (P, k, D)
+        phi = embed(encoder, rollout.texts, known).view(P, k, -1)                   # (P, k, D)
         tick("embed_s")
         volume = log_det(phi).mean().item()
         phi = quality_weighted(phi, quality) if config.kernel == "quality" else phi
@@ -467,16 +469,22 @@ def resolve(name):
     return str(ROOT / name) if not Path(name).exists() and (ROOT / name).exists() else name
 
 
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(name, device=None):
     """(model, tokenizer) of any causal language model, float32, in eval mode, with every dropout set to 0."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = AutoConfig.from_pretrained(resolve(name))
-    for key, x in vars(config).items():  # the policy that is scored must be the policy that sampled
-        if "drop" in key and isinstance(x, float):
-            setattr(config, key, 0.0)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=torch.float32, use_safetensors=True)
-    return model.to(device).eval(), tokenizer
+    try:
+        config = AutoConfig.from_pretrained(resolve(name))
+        for key, x in vars(config).items():  # the policy that is scored must be the policy that sampled
+            if "drop" in key and isinstance(x, float):
+                setattr(config, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+    return model.to(device or default_device()).eval(), tokenizer
 
 
 def load_encoder(name=MINILM, device=None):
@@ -491,24 +499,25 @@ def load_encoder(name=MINILM, device=None):
         weights = folder / "model.safetensors"
         if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() == MINILM_SHA256:
             name = str(folder)
-    return SentenceTransformer(resolve(name), device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return SentenceTransformer(resolve(name), device=device or default_device())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load the encoder {name}: {str(error).splitlines()[0]}") from None
 
 
 def main(texts):
     """Gram matrix, log det and marginal gains of some texts."""
     if len(texts) < 2:
-        raise BadInput('give at least two texts: python dqo.py "a sentence" "another"')
-    phi = embed(load_encoder(), texts)                                              # (k, D)
-    k = len(texts)
-    print("Gram matrix L (cosine similarities)" + " " * max(0, 6 * k - 33) + "  gain  text")
+        print('dqo.py: give at least two texts: python dqo.py "a sentence" "another"', file=sys.stderr)
+        return 2
+    phi, k = embed(load_encoder(), texts), len(texts)                               # (k, D)
+    print("gain    Gram matrix L (cosines)")
     for row, g, text in zip(gram(phi).tolist(), marginal_gains(phi).tolist(), texts):
-        print(" ".join(f"{x:5.2f}" for x in row) + " " * max(0, 35 - 6 * k) + f"  {g:.3f}  {text}")
-    print(f"log det(L + I) = {log_det(phi):.3f}   (from {math.log(1 + k):.3f}, all equal, to {k * math.log(2):.3f}, all orthogonal;"
-          f" a gain lies between {math.log(1 + 1 / k):.3f} and {math.log(2):.3f})")
+        print(f"{g:.3f}  " + " ".join(f"{x:5.2f}" for x in row) + f"   {text}")
+    print(f"log det(L + I) = {log_det(phi):.3f}, between {math.log(1 + k):.3f} (all equal) and {k * math.log(2):.3f} (all orthogonal)\n"
+          f"a gain lies between {math.log(1 + 1 / k):.3f} and {math.log(2):.3f}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except BadInput as error:
-        sys.exit(print(f"dqo.py: {error}", file=sys.stderr) or 2)
+    sys.exit(main(sys.argv[1:]))

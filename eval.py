@@ -249,8 +249,15 @@ def flags():
     return p
 
 
-def main(argv=None):
-    args = flags().parse_args(argv)
+def default_max_new_tokens(name):
+    """What the run was trained with; 24 for the tiny base model; else 256."""
+    run = Path(name) / "run.json"
+    if run.is_file():
+        return json.loads(run.read_text())["config"]["max_new_tokens"]
+    return 24 if Path(name).name == "tiny" else 256
+
+
+def compare(args):
     if args.n < 2:
         raise BadInput(f"--n {args.n}: diversity needs at least 2 responses per prompt")
     for path in filter(None, (args.json, args.plot, args.samples)):
@@ -261,8 +268,8 @@ def main(argv=None):
     encoder, results, kept = load_encoder(args.encoder), [], []
     for name in args.models:
         model, tokenizer = load_model(name)
-        tokens = args.max_new_tokens or (24 if model.config.max_position_embeddings <= 128 else 256)
-        results += evaluate(name, model, tokenizer, encoder, rows, reward, args.n, tokens, args.temperature, args.seed, args.plain, kept)
+        results += evaluate(name, model, tokenizer, encoder, rows, reward, args.n, args.max_new_tokens or default_max_new_tokens(name),
+                            args.temperature, args.seed, args.plain, kept)
     print(table(results))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
@@ -270,12 +277,17 @@ def main(argv=None):
         Path(args.samples).write_text("".join(json.dumps(s) + "\n" for s in kept))
     if args.plot:
         plot(results, args.plot)
-    return results
+
+
+def main(argv=None):
+    """Exit status: 0 done, 2 bad input."""
+    try:
+        compare(flags().parse_args(argv))
+    except BadInput as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -90,7 +90,8 @@ def order(count, seed, epoch):
 def batch_of(rows, step, prompts, seed):
     """The rows of one step: shuffled passes over the data, and a function of (seed, step) alone."""
     where = (divmod(i, len(rows)) for i in range((step - 1) * prompts, step * prompts))
-    return [rows[order(len(rows), seed, epoch)[i]] for epoch, i in where]
+    batch = [rows[order(len(rows), seed, epoch)[i]] for epoch, i in where]
+    return sorted(batch, key=lambda row: len(row["ids"]))  # so that a micro-batch has little padding
 
 
 def show_group(step, samples):
@@ -125,13 +126,17 @@ def train(config):
                     sentence_transformers=sentence_transformers.__version__)
     (out / "run.json").write_text(json.dumps(dict(config=dataclasses.asdict(config), versions=versions), indent=1))
 
-    start, pace = time.time(), None
+    start, pace, known = time.time(), None, {}
     with open(out / "metrics.jsonl", "a") as metrics_file, open(out / "samples.jsonl", "a") as samples_file, \
             tqdm(total=config.steps, desc=config.objective, dynamic_ncols=True) as bar:
         for step in range(1, config.steps + 1):
             began = time.time()
+            for group in optimizer.param_groups:  # linear decay to 0: what the last steps learn is no longer noise
+                group["lr"] = config.lr * (1 - (step - 1) / config.steps)
             batch = batch_of(rows, step, config.prompts, config.seed)
-            metrics = dqo_step(model, tokenizer, encoder if config.objective != "grpo" else None, reward, optimizer, batch, config, reference)
+            metrics = dqo_step(model, tokenizer, encoder if config.objective != "grpo" else None, reward, optimizer, batch, config, reference, known)
+            if len(known) > 50_000:  # 75 MB of embeddings
+                known.clear()
             samples = metrics.pop("samples")
             metrics["step_s"] = time.time() - began
             metrics_file.write(dump(dict(step=step, **metrics)) + "\n")
@@ -168,9 +173,15 @@ def report(config, model, tokenizer, encoder, reward):
           f"\nnext, the same with diversity:\n  python train.py{data}")
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Exit status: 0 done, 2 bad input."""
     try:
-        train(parse())
+        train(parse(argv))
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,21 +46,25 @@ def instruct(row, response):
 BOUGHT = ["bought", "got", "purchased"]  # most popular first, as in all lists here (make_tiny.py draws by rank)
 
 
+WEATHER = {"rain": "it rained all day", "cold": "it was very cold", "wind": "there was a strong wind", "heat": "the sun was burning",
+           "crowd": "the streets were full"}
+
+
 def summarize(row, response):
     """Summarization: one sentence that keeps who, what and where, and invents nothing.
 
-    Free are the verb, active or passive, the order, and the details: the colour, the day, who came along. So a right
-    summary is a core sentence, the place once, and day and companion at most once each, before or after the core."""
+    Free are the verb, active or passive, the order, and the details: the colour, the day, the weather. So a right
+    summary is a core sentence, the place once, and day and weather at most once each, before or after the core."""
     f = {key: re.escape(value) for key, value in row["answer"].items()}
     thing = rf"an? (?:{f['color']} )?{f['what']}"
     core = rf"(?:{f['who']} {choice(BOUGHT)} {thing}|{thing} was {choice(BOUGHT)} by {f['who']})"
-    detail = {"place": rf"(?:at|in) the {f['where']}", "when": rf"on {f['when']}", "with": rf"with {f['friend']}"}
+    detail = {"place": rf"(?:at|in) the {f['where']}", "when": rf"on {f['when']}", "weather": rf"despite the {f['weather']}"}
     any_detail = choice(detail.values())
     text = normalize(response)
     if not re.fullmatch(rf"(?:{any_detail},? )*{core}(?: {any_detail})*", text):
         return 0.0
     times = {name: len(re.findall(pattern, text)) for name, pattern in detail.items()}
-    return float(times["place"] == 1 and times["when"] <= 1 and times["with"] <= 1)
+    return float(times["place"] == 1 and times["when"] <= 1 and times["weather"] <= 1)
 
 
 SUBJECTS = "dog cat girl boy king bird horse fox queen wolf bear mouse teacher farmer sailor wizard".split()

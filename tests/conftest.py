@@ -10,6 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 def word_tokenizer(words, **special):
     """One id per word, in the order given; ids are stable and readable in tests."""
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))

@@ -65,9 +65,9 @@ def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
 
 @pytest.mark.parametrize("objective", ["dqo", "grpo", "pairwise"])
 def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
-    whole, m = step(model, tokenizer, objective=objective)
+    whole, m = step(model, tokenizer, objective=objective, micro_batch=12)
     assert max(u.abs().max() for u in whole) > 1e-3 and m["grad_norm"] > 1e-3  # at ratio 1 the gradient is not zero
-    for size in (1, 4, 5, 12):
+    for size in (1, 4, 5, 0):
         parts, n = step(model, tokenizer, objective=objective, micro_batch=size)
         for a, b in zip(whole, parts):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -76,11 +76,13 @@ def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
 
 
 def test_gradient_checkpointing_changes_nothing(model, tokenizer, monkeypatch):
+    mlp, calls = type(model.model.layers[0].mlp), []
+    monkeypatch.setattr(mlp, "forward", lambda self, *a, f=mlp.forward, **kw: (calls.append(1), f(self, *a, **kw))[1])
     whole, _ = step(model, tokenizer)
+    plain = len(calls)
     model.gradient_checkpointing_enable()
-    calls = []
-    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda self, *a, f=type(model.model.layers[0]).forward, **kw: (calls.append(1), f(self, *a, **kw))[1])
     again, metrics = step(model, tokenizer)
+    assert len(calls) - plain == plain + len(model.model.layers), "each layer's forward should have run once more"
     for a, b in zip(whole, again):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert metrics["drift"] < 1e-5
@@ -171,4 +173,7 @@ def test_embed():
     assert encoder.seen == ["b", "a", ""]  # each once
     assert phi.shape == (6, 16) and phi.dtype == torch.float32
     torch.testing.assert_close(phi.norm(dim=1), torch.ones(6))
+    known = {}
+    embed(encoder, ["a", "c"], known), embed(encoder, ["c", "d", "a"], known)
+    assert encoder.seen[3:] == ["a", "c", "d"] and embed(encoder, ["a"], known)[0].equal(phi[1])  # remembered across calls
     assert phi[0].equal(phi[2]) and phi[1].equal(phi[4]) and phi[3].equal(phi[5]) and not phi[0].equal(phi[1])
