@@ -7,7 +7,8 @@ RL post-training makes a language model better and duller: it collapses on one c
     J_k(theta) = E_{y_1..y_k ~ pi_theta(.|x)} [ sum_i r(x, y_i) + alpha * log det(L + I_k) ] - k * beta * KL(pi_theta || pi_ref)
 
 with L_ij = <phi(y_i), phi(y_j)> the Gram matrix of the unit-norm embeddings phi. det L is the squared volume of the
-parallelepiped they span: two equal answers make it 0, orthogonal answers make it 1. "+ I" keeps the log finite.
+parallelepiped they span: two equal answers make it 0, orthogonal ones make it 1. "+ I" keeps the log finite when two
+answers are equal: log det(L + I) runs from log(1 + k), k equal answers, to k log 2, k orthogonal ones.
 
 Its gradient is REINFORCE with one number per response, where r_i is the quality and g_i the *marginal gain*, the
 volume that response i adds to the others of its group:
@@ -15,12 +16,17 @@ volume that response i adds to the others of its group:
     grad J_k = E[ sum_i grad log pi(y_i|x) * ( r_i - beta * log pi(y_i|x)/pi_ref(y_i|x) + alpha * g_i ) ]
     g_i      = log det(L + I_k) - log det(L_{-i} + I_{k-1})  =  -log [ (L + I)^{-1} ]_ii
 
+Where that comes from: grad E[f] = E[ f * sum_i grad log pi(y_i) ] for any f of the group (REINFORCE). In the term of
+response i, everything in f that does not depend on y_i averages out, because E[grad log pi(y_i)] = 0. Of the rewards
+that leaves r_i, of the volume log det(L + I) - log det(L_{-i} + I) = g_i: each response is paid for what it adds.
+
 That is the whole method. The file follows the data:
 
-    Config -> sample -> embed -> gram, log_det, marginal_gains -> advantages -> token_logps -> policy_loss -> dqo_step
+    Config -> sample -> embed -> gram, log_det, marginal_gains -> diversity_bonus, advantages -> token_logps, policy_loss
+    and `dqo_step`, which calls them in turn (and, after `sample`, the reward, which is the user's)
 
-Shapes, everywhere: P prompts, k responses per prompt, B = P*k responses, L prompt tokens (padded), T response tokens,
-S = L + T, V vocabulary, D embedding width. Row i*k + j of a (B, ...) tensor is response j of prompt i.
+Shapes, everywhere: P prompts, k responses per prompt, B = P*k responses, N prompt tokens (padded), T response tokens,
+S = N + T, V vocabulary, D embedding width. Row i*k + j of a (B, ...) tensor is response j of prompt i.
 
     python dqo.py "the cat sat" "a cat was sitting" "stocks fell sharply"     # the idea on any texts, on one screen
 """
@@ -45,7 +51,9 @@ transformers_logging.disable_progress_bar()  # one bar is enough: the one of tra
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. The drivers print the message as one line and exit with status 2."""
+    """Something the user gave is wrong, and the message says what, where, and what to do.
+
+    The drivers print it as one line and exit with status 2."""
 
 
 def option(default, meaning, **kw):
@@ -55,26 +63,33 @@ def option(default, meaning, **kw):
 
 @dataclass
 class Config:
-    """Every hyper-parameter. `max_new_tokens` here is `--max-new-tokens` on the command line of train.py."""
+    """Every hyper-parameter. `max_new_tokens` here is `--max-new-tokens` on the command line of train.py, which also
+    fills in what is None (`fill_defaults`): the right value depends on the model."""
 
+    # what is trained, on what, judged by whom
     model: str = option("data/tiny", "causal language model: folder or hub id")
     data: str = option("instruct,summarize,story,reason", "miniature tasks, or a .jsonl file of prompts (then --reward)")
     reward: str | None = option(None, "reward for a .jsonl file: a task's name, or file.py:function")
     encoder: str = option("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers model whose space measures diversity")
+    # the objective
     objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise"))
     alpha: float = option(1.0, "strength of the diversity bonus against quality")
     kernel: str = option("plain", "quality: scale embeddings by sqrt(quality), so wrong answers span nothing", choices=("plain", "quality"))
     baseline: str = option("mean", "what is subtracted within a group", choices=("mean", "none", "std"))
+    # the rollout
     k: int = option(8, "responses per prompt")
     prompts: int = option(8, "prompts per step")
-    steps: int | None = option(None, "optimizer steps [data/tiny: 400; else one pass over the data]")
+    steps: int | None = option(None, "optimizer steps [data/tiny: 640; else one pass over the data]")
+    # the update
     epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
     clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
     beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
-    lr: float | None = option(None, "learning rate of AdamW, decayed linearly to 0 [data/tiny: 5e-4; else 1e-6]")
+    lr: float | None = option(None, "learning rate of AdamW, decayed linearly to 0 [data/tiny: 4e-4; else 1e-6]")
     temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature")
     max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]")
+    # WARNING  lr and beta go together: without the penalty a real model unlearns its language for the reward
     micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient")
+    # the data and the run
     limit: int = option(0, "use only the first N prompts of each task; 0 = all")
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
     prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
@@ -92,6 +107,10 @@ class Config:
             x = getattr(self, name)
             if x is not None and not (math.isfinite(x) and (x > 0 if name in ("lr", "temperature") else x >= 0)):
                 raise BadInput(f"--{name} is {x}: it must be {'above 0' if name in ('lr', 'temperature') else 'at least 0'}")
+        needed = 2 if self.baseline != "none" or self.objective == "pairwise" else 1
+        if self.k < needed:
+            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} compares the responses of a "
+                           f"group; use --k {needed} or more")
         # With a group baseline the k samples estimate the diversity of k - 1 (see `advantages`). For k = 2 that is the
         # diversity of one response, a constant: g_1 = g_2, and centring leaves nothing.
         if self.objective != "grpo" and self.baseline != "none" and self.k < 3:
@@ -101,22 +120,23 @@ class Config:
             raise BadInput(f"--kernel quality is defined for --objective dqo only, not for {self.objective}")
 
 
-# ================================================================================================ 1. sample
-# k responses per prompt from the current policy. `model.generate` would do, but this loop is short, faster, keeps the
+# =================================================================================================== sample
+# k responses per prompt from the current policy. `model.generate` would do, but this loop is short, keeps the
 # log-probabilities as they are drawn, and hides nothing: full vocabulary, one temperature, no top-p, no top-k.
+# It runs each prompt once instead of k times, and lets rows leave the batch when they have ended.
 
 @dataclass
 class Rollout:
     """What `sample` drew.
 
-    Example, L = 3, T = 4, pad = 0, end = 2:   tokens          [0 5 6 | 7 8 2 0]   left-padded prompt | response
+    Example, N = 3, T = 4, pad = 0, end = 2:   tokens          [0 5 6 | 7 8 2 0]   left-padded prompt | response
                                                attention_mask  [0 1 1 | 1 1 1 0]   real tokens
                                                mask                   [1 1 1 0]    up to and including the end token
     """
 
     tokens: torch.Tensor          # (B, S) long
     attention_mask: torch.Tensor  # (B, S) long
-    prompt_length: int            # L, padding included
+    prompt_length: int            # N, padding included
     mask: torch.Tensor            # (B, T) bool
     logp: torch.Tensor            # (B, T) float32, log pi of each token as it was drawn; 0 where mask is False
     texts: list                   # B response texts without special tokens
@@ -125,10 +145,10 @@ class Rollout:
     def rows(self, index):
         """The rollout of some rows only, cut to the longest of them (a micro-batch). index: slice or (b,) long."""
         mask = self.mask[index]                                                     # (b, T)
-        T, L = int(mask.sum(1).max()), self.prompt_length
-        first = int(self.attention_mask[index].argmax(1).min())                     # columns that are padding for all
+        T, N = int(mask.sum(1).max()), self.prompt_length
+        first = int(self.attention_mask[index].argmax(1).min())  # how many columns on the left are padding in every row
         texts = self.texts[index] if isinstance(index, slice) else [self.texts[i] for i in index.tolist()]
-        return Rollout(self.tokens[index, first:L + T], self.attention_mask[index, first:L + T], L - first,
+        return Rollout(self.tokens[index, first:N + T], self.attention_mask[index, first:N + T], N - first,
                        mask[:, :T], self.logp[index, :T], texts, self.truncated[index])
 
 
@@ -153,7 +173,7 @@ def end_tokens(model, tokenizer):
 
 
 def autocast(device):
-    """float32 master weights everywhere; bf16 matrix products on CUDA."""
+    """float32 master weights everywhere (a step of 1e-6 would vanish in bf16); bf16 matrix products on CUDA."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -165,10 +185,13 @@ def log_softmax(logits, temperature):
 
 def draw(log_probs, u):
     """One token per row by inverse CDF: the first whose cumulative probability exceeds u.
-    log_probs (R, V), u (R,) float64 in [0, 1) -> (R, 1) long. `torch.multinomial` does the same with V random numbers
-    per row instead of one, which was a third of the sampling time.
 
-    WARNING  In float32 the sum over a 150k vocabulary ends visibly off 1, and u can fall off its end."""
+    log_probs: (R, V);  u: (R,) float64, uniform in [0, 1);  returns (R, 1) long.
+    Example: probabilities [.2 .5 .3] accumulate to [.2 .7 1.]; u = .1 gives token 0, u = .2 token 1, u = .9 token 2.
+    `torch.multinomial` draws V random numbers per row for the same result.
+
+    WARNING  In float32 the tokens after a peak, each too small to change a sum near 1, would never be drawn, and a sum
+    over 150k entries ends visibly off 1. Hence float64, and u scaled by the row's own last value."""
     cdf = log_probs.double().exp().cumsum(1)                                        # (R, V)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
 
@@ -177,9 +200,11 @@ def draw(log_probs, u):
 def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     """Draw k responses to each of P prompts.
 
-    prompts: each a text, a list of chat messages, or token ids (as `prompt_ids` gives them).
-    Returns a Rollout; rows i*k ... i*k + k - 1 belong to prompt i.
-    """
+    prompts: P texts, lists of chat messages, or lists of token ids (as `prompt_ids` gives them), of any lengths.
+    Returns a Rollout; rows i*k ... i*k + k - 1 belong to prompt i. T is the longest response, at most max_new_tokens.
+    All parameters of the distribution are arguments: what the model's authors recommend for chatting (top-p, top-k,
+    their temperature) is not looked at, because the gradient needs the log-probabilities of the policy that sampled.
+    Raises BadInput for a prompt without tokens and for a model without an end token."""
     device, training = model.device, model.training
     model.eval()  # gradient checkpointing in train mode would drop the KV cache
     ids = [p if isinstance(p, list) and p and isinstance(p[0], int) else prompt_ids(tokenizer, p) for p in prompts]
@@ -187,12 +212,14 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
         raise BadInput(f"prompt {[bool(x) for x in ids].index(False) + 1} of the batch has no tokens")
     end = end_tokens(model, tokenizer)                                              # (E,)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(end[0])
-    P, B, L, T = len(ids), len(ids) * k, max(map(len, ids)), max_new_tokens
-    prompt = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=device)   # (P, L) padded on the left,
-    real = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=device)  # so all answers start at L
-    tokens = torch.full((B, L + T), pad, device=device)                             # (B, S)
-    seen = torch.zeros((B, L + T), dtype=torch.long, device=device)                 # (B, S) becomes attention_mask
-    tokens[:, :L], seen[:, :L] = prompt.repeat_interleave(k, 0), real.repeat_interleave(k, 0)
+    P, B, N, T = len(ids), len(ids) * k, max(map(len, ids)), max_new_tokens
+    # Padding on the left, so that all responses start at column N and the last column always holds a real token, whose
+    # logits are the next-token distribution. With padding on the right the prompts would end at different columns.
+    prompt = torch.tensor([[pad] * (N - len(x)) + x for x in ids], device=device)   # (P, N)
+    real = torch.tensor([[0] * (N - len(x)) + [1] * len(x) for x in ids], device=device)  # (P, N) 0 where padded
+    tokens = torch.full((B, N + T), pad, device=device)                             # (B, S)
+    seen = torch.zeros((B, N + T), dtype=torch.long, device=device)                 # (B, S) becomes attention_mask
+    tokens[:, :N], seen[:, :N] = prompt.repeat_interleave(k, 0), real.repeat_interleave(k, 0)
     logp = torch.zeros(B, T, device=device)                                         # (B, T)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)                       # (B, T)
 
@@ -202,15 +229,17 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
                     use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
         cache.batch_repeat_interleave(k)
-        rows = torch.arange(B, device=device)                                       # (R,) the rows still in the batch
-        alive = torch.ones(B, dtype=torch.bool, device=device)                      # (R,) and which of them go on
+        # Responses leave the batch some time after they end: then rows = [0 2 5] says that the batch holds responses
+        # 0, 2 and 5 only, and alive = [1 0 1] that of these response 2 has ended since.
+        rows = torch.arange(B, device=device)                                       # (R,) responses in the batch
+        alive = torch.ones(B, dtype=torch.bool, device=device)                      # (R,) those without an end token yet
         for t in range(T):
             log_probs = log_softmax(logits, temperature)                            # (R, V)
             # u is drawn for all B rows at every step, so that a row's draws do not depend on which others have left
             u = torch.rand(B, dtype=torch.float64, device=device)[rows]             # (R,)
             token = draw(log_probs, u)                                              # (R, 1)
             live = rows[alive]
-            tokens[live, L + t], seen[live, L + t], mask[live, t] = token[alive, 0], 1, True
+            tokens[live, N + t], seen[live, N + t], mask[live, t] = token[alive, 0], 1, True
             logp[live, t] = log_probs.gather(1, token)[alive, 0]
             # A response ends with an end token, which belongs to it (stopping is learned like any other choice).
             # WARNING  Never find the end by comparing with the pad id: pad is often the same id as the end.
@@ -218,50 +247,57 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
             if t == T - 1 or not alive.any():
                 break
             if alive.sum() <= 0.75 * len(rows):  # enough rows have ended to pay for copying the cache of the others
-                keep = alive.nonzero()[:, 0]
+                keep = alive.nonzero()[:, 0]                                        # (R',)
                 cache.batch_select_indices(keep)
                 rows, token, alive = rows[keep], token[keep], alive[keep]
-            context = seen[rows, :L + t + 1]                                        # (R, L+t+1)
+            # The position of the new token is the number of real tokens before it: left padding does not count.
+            context = seen[rows, :N + t + 1]                                        # (R, N+t+1)
             out = model(input_ids=token, attention_mask=context, position_ids=context.sum(1, keepdim=True) - 1,
                         past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]                                              # (R, V)
 
     model.train(training)
     T = t + 1
-    ended = torch.isin(tokens[:, L:L + T], end) & mask[:, :T]                       # (B, T) at most one per row
+    ended = torch.isin(tokens[:, N:N + T], end) & mask[:, :T]                       # (B, T) at most one per row
     spoken = mask[:, :T] & ~ended
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens[:, L:L + T].cpu(), spoken.cpu())]
-    return Rollout(tokens[:, :L + T], seen[:, :L + T], L, mask[:, :T], logp[:, :T], texts, ~ended.any(1))
+    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens[:, N:N + T].cpu(), spoken.cpu())]
+    return Rollout(tokens[:, :N + T], seen[:, :N + T], N, mask[:, :T], logp[:, :T], texts, ~ended.any(1))
 
 
-# ================================================================================================= 2. embed
+# ==================================================================================================== embed
 def embed(encoder, texts, known=None):
     """Sentence embeddings on the unit sphere, (B, D) float32 on the CPU. Only directions (meanings) count.
 
-    encoder: anything with sentence-transformers' `.encode(list[str])`. Equal texts are encoded once; with `known`, a
-    dict that the caller keeps, also across calls. The empty string is a text like any other."""
+    encoder: anything with sentence-transformers' `.encode(list[str])`, which gives one vector of any length per text.
+    Equal texts are encoded once; with `known`, a dict that the caller keeps, also across calls (training repeats itself:
+    the encoder is nearly half of a step on a CPU). The empty string is a text like any other: two of them are duplicates.
+    NOTE: only the response is embedded, without its prompt, which all k share and which would make them all alike."""
     known = {} if known is None else known
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
-        known.update(zip(new, F.normalize(torch.as_tensor(encoder.encode(new)).float().cpu(), dim=-1)))  # U x (D,)
+        vectors = torch.as_tensor(encoder.encode(new)).float().cpu()                # (len(new), D)
+        known.update(zip(new, F.normalize(vectors, dim=-1)))
     return torch.stack([known[text] for text in texts])                             # (B, D)
 
 
-# ======================================================================= 3. volume: Gram matrix, log det, gains
+# ========================================================================== volume: Gram matrix, log det, gains
 def gram(phi):
-    """L_ij = <phi_i, phi_j>.    phi: (..., k, D) -> (..., k, k)"""
+    """L_ij = <phi_i, phi_j>, the cosines of unit-norm embeddings.    phi: (..., k, D) -> (..., k, k)"""
     return phi @ phi.transpose(-1, -2)
 
 
 def _gram_plus_identity(phi):
-    L = gram(phi.double())  # float64: k is small, and near-duplicates make L nearly singular
+    L = gram(phi.double())  # float64 costs nothing at this size, and gains of paraphrases differ in the third digit
     return L + torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)               # (..., k, k), eigenvalues >= 1
 
 
 def log_det(phi):
     """Diversity of a group: log det(L + I).    phi: (..., k, D) -> (...,) in nats
 
-    For unit-norm phi it lies in [log(1 + k), k log 2]: k equal answers, k orthogonal ones."""
+    For unit-norm phi it lies in [log(1 + k), k log 2]: k equal answers, k orthogonal ones.
+    What maximising it means for a policy: for iid responses with Sigma = E[phi phi^T], E det(L + I) is the sum over j of
+    C(k, j) j! e_j(eigenvalues of Sigma), e_j the elementary symmetric polynomials. It wants Sigma's eigenvalues even:
+    probability spread over all directions of meaning (D-optimal design), not just over two distant ones."""
     return torch.logdet(_gram_plus_identity(phi)).to(phi.dtype)
 
 
@@ -269,11 +305,13 @@ def marginal_gains(phi):
     """g_i = log det(L + I) - log det(L_{-i} + I): the volume response i adds to the others.    (..., k, D) -> (..., k)
 
     By the Schur complement det(M) = det(M_{-i}) / [M^{-1}]_ii, so that all k gains come from one inverse:
-    O(k^3) instead of k determinants, O(k^4). For unit-norm phi log(1 + 1/k) <= g_i <= log 2, reached by k equal and by
-    orthogonal embeddings (tighter than the paper's Lemma). Real groups differ by 0.05 to 0.2 of reward at alpha = 1.
+    O(k^3) instead of k determinants, O(k^4). For unit-norm phi log(1 + 1/k) <= g_i <= log 2, reached by k equal and by k
+    orthogonal embeddings. In a group of real text the g_i differ by 0.05 to 0.2: with alpha = 1, that much reward.
+    Example: e1, e1, e2 in the plane: M = [[2 1 0] [1 2 0] [0 0 2]], det M = 6, g = (log 6/4, log 6/4, log 6/3).
 
-    Why not give every response the group's one log det? It would cancel under any group baseline: credit must be per
-    response. What g_i subtracts does not depend on y_i, so it changes no expectation, only the variance."""
+    Why not give every response the group's one log det? All k responses would get the same bonus, and subtracting the
+    group mean would cancel it: credit must be per response. Subtracting log det(L_{-i} + I), which does not depend on
+    y_i, is what makes it so, and leaves the expected gradient as it is."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(_gram_plus_identity(phi)))  # (..., k, k)
     return -inverse.diagonal(dim1=-2, dim2=-1).log().to(phi.dtype)                  # (..., k)
 
@@ -281,22 +319,28 @@ def marginal_gains(phi):
 def quality_weighted(phi, q):
     """Scale each embedding by sqrt(q_i), so L becomes D^{1/2} L D^{1/2}.    phi: (..., k, D), q: (..., k) -> (..., k, D)
 
-    A response of quality 0 then spans nothing and gains nothing: strangeness cannot buy reward. NOTE: ours, not the
-    paper's; it is the kernel of its optimal policy (quality sets a vector's length, meaning its direction) by analogy.
-    q_i must lie in [0, 1] and depend on y_i alone, or the gradient above is no longer exact. Raises BadInput."""
+    Quality sets a vector's length, meaning its direction. A response of quality 0 then spans nothing and gains nothing:
+    strangeness cannot buy reward. NOTE: ours, not the paper's.
+    With qualities of 0 and 1 the volume is that of the right answers alone, and a lone right answer gains alpha * log 2.
+    q_i must depend on y_i alone (never on a statistic of the group), or the gradient above is no longer exact.
+    Raises BadInput for a q outside [0, 1]."""
     if not ((q >= 0) & (q <= 1)).all():
         raise BadInput(f"the quality-weighted kernel needs qualities in [0, 1], got {q.min():.4g} to {q.max():.4g}")
     return phi * q.to(phi.dtype).sqrt()[..., None]
 
 
-# ============================================================================================ 4. advantages
+# =============================================================================================== advantages
 def diversity_bonus(objective, alpha, phi):
     """What an objective adds to each response's quality, (P, k). One line per objective; phi: (P, k, D).
 
     grpo      nothing (with the mean baseline this is Dr. GRPO, with `std` GRPO as published)
     dqo       alpha * marginal gain                                                       Chen et al. 2025, the paper
-    pairwise  alpha * mean cosine distance to the others: the exact marginal gain of 1/(k-1) * sum_{i<j} (1 - L_ij).
-              It sees only ||mean phi||, so two tight clusters please it as much as k different answers (see tests)."""
+    pairwise  alpha * mean cosine distance to the others, the exact marginal gain of 1/(k-1) * sum_{i<j} (1 - L_ij)
+              (deviation, Chung et al. 2025, in RL form). Its expectation is 1 - ||E phi||^2, blind to all but the mean:
+              two tight clusters e1 e1 e2 e2 and four answers with all cosines 1/3 have the same mean distance, 2/3,
+              but log det(L + I) is 2.197 against 2.631.
+
+    Whatever is added here must be constant for the gradient: it is a reward, and no derivative flows through phi."""
     if objective == "dqo":
         return alpha * marginal_gains(phi)
     if objective == "pairwise":
@@ -309,7 +353,11 @@ def advantages(quality, bonus, baseline):
 
     none  the weights as they are: the exact gradient of J_k, with high variance.
     mean  minus the group mean: *exactly* the gradient of J_{k-1}, reward and diversity both at k - 1 samples, usually
-          with much lower variance. The mean contains y_i itself, which is why it is k - 1 and not k. The default.
+          with much lower variance. The default. Why k - 1: write s_i for grad log pi(y_i), V for log det(L + I), V_{-j}
+          without response j, so g_j = V - V_{-j}. Then sum_i s_i (g_i - mean_j g_j) is, in expectation,
+              sum_i E[s_i V] (1 - 1/k)  -  1/k sum_i sum_{j != i} E[s_i (V - V_{-j})]        as E[s_i V_{-i}] = 0
+            = 1/k sum_j sum_{i != j} E[s_i V_{-j}]                                           as the V terms cancel
+            = grad E[volume of k - 1 responses].
     std   also divided by the group's standard deviation (GRPO as published). NOTE: no longer any J's gradient. Where
           all rewards of a group are equal, the tiniest difference in gain is blown up to unit variance.
     Groups of equal quality are kept: their gains still differ."""
@@ -320,7 +368,7 @@ def advantages(quality, bonus, baseline):
     return centred / (weight.std(dim=1, keepdim=True) + 1e-4) if baseline == "std" else centred
 
 
-# ============================================================================ 5. log-probabilities and the loss
+# =============================================================================== log-probabilities and the loss
 def _picked(logits, token, temperature):
     return log_softmax(logits, temperature).gather(-1, token[..., None])[..., 0]    # (b, T)
 
@@ -328,31 +376,39 @@ def _picked(logits, token, temperature):
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
     """log pi(token | everything before it) of every response token, (B, T) float32, differentiable; 0 outside `mask`.
 
+    One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are
+    those of each row alone, and those that `sample` saw. chunk: entries of (n, T, V) handled at a time.
+
     WARNING  Logits come from the model's own forward. Multiplying hidden states with lm_head by hand misses the
     soft-capping and scaling of some models (Gemma, Cohere, Granite)."""
     T = rollout.mask.shape[1]
     with autocast(model.device):
         logits = model(input_ids=rollout.tokens, attention_mask=rollout.attention_mask,
                        position_ids=(rollout.attention_mask.cumsum(1) - 1).clamp(min=0),  # as if there were no padding
-                       use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V), position t predicts t+1
+                       use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V), column t predicts response token t
     token = rollout.tokens[:, rollout.prompt_length:]                               # (B, T)
-    # (B, T, V) in float32 is the largest tensor of the run (8 GB for 64 x 256 x 128k): never hold its log-softmax,
-    # but compute it a few rows at a time and once more in the backward pass.
-    b = max(1, chunk // (T * logits.shape[-1]))
-    parts = [checkpoint(_picked, x, y, temperature, use_reentrant=False) for x, y in zip(logits.split(b), token.split(b))]
+    # The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Their log-softmax would be as
+    # large again and be kept for the backward pass, so it is computed n rows at a time, and once more in that pass.
+    n = max(1, chunk // (T * logits.shape[-1]))
+    parts = [checkpoint(_picked, x, y, temperature, use_reentrant=False) for x, y in zip(logits.split(n), token.split(n))]
     return torch.cat(parts).masked_fill(~rollout.mask, 0.0)                         # (B, T)
 
 
 def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2):
     """The surrogate whose gradient is the policy gradient. Scalar, and a dict of statistics.
 
-    logp (B, T) from `token_logps`; advantages (B,) or (B, T); mask (B, T) bool; old_logp (B, T) of the policy that
-    sampled, detached. Without old_logp we are on-policy: the ratio is 1 in value, so there is nothing to clip, and its
-    gradient is grad log pi: REINFORCE. With it this is the PPO / GRPO clipped ratio, per token.
+    logp:       (B, T) from `token_logps`, with gradient
+    advantages: (B,), or (B, T) for a weight per token; constants
+    mask:       (B, T) bool
+    old_logp:   (B, T) of the policy that sampled, detached. Without it we are on-policy: the ratio is 1 in value, so
+                there is nothing to clip, and its gradient is grad log pi: REINFORCE. With it this is the clipped ratio
+                of PPO and GRPO, per token (Schulman et al. 2017, eq. 7).
+    Statistics, both means over tokens: `clipped`, the share whose ratio was cut, and `entropy`, -log pi in nats.
 
     The denominator is responses x max_new_tokens, a constant: dividing by the actual lengths would favour short right
     and long wrong answers, and would make the gradient depend on how a batch is cut into micro-batches.
-    WARNING  With centred advantages the value of this loss is near 0 by construction. Watch its gradient instead."""
+    WARNING  The value of this loss says nothing about progress: at ratio 1 it is a length-weighted mean of advantages,
+    which are centred. Its gradient is what counts."""
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages       # (B, 1) or (B, T)
     ratio = (logp - (logp.detach() if old_logp is None else old_logp)).exp()        # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -363,49 +419,54 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     return loss, {"clipped": cut.item(), "entropy": -(logp.detach() * mask).sum().item() / tokens.item()}
 
 
-# =================================================================================================== 6. step
+# ====================================================================================================== step
 def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None, known=None):
     """One whole step of the algorithm: sample, judge, embed, weigh, update. Returns a dict of metrics.
 
+    model:     its weights are changed in place, by `optimizer`, once per epoch
     rows:      P dicts with "prompt" (text or messages; "ids" if tokenized already) and whatever the reward needs
-    reward:    function(prompts, responses, rows) -> B floats
-    encoder:   may be None for `grpo`, which needs none
+    reward:    function(prompts, responses, rows) -> B floats; all three arguments have length B
+    encoder:   see `embed`; not used by `grpo`, whose gain and log_det are NaN
     reference: the frozen starting model, with beta > 0
     known:     a dict that remembers embeddings from step to step, see `embed`
     `metrics["samples"]` holds the groups themselves: one dict per response."""
     P, k = len(rows), config.k
-    clock = {"_": time.perf_counter()}
+    clock, last = {}, time.perf_counter()
 
-    def tick(name):  # wall time of each part
+    def tick(name):  # wall time of the part that ends here
+        nonlocal last
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        clock[name], clock["_"] = clock.get(name, 0.0) + now - clock["_"], now
+        clock[name], last = time.perf_counter() - last, time.perf_counter()
 
     # 1. k responses per prompt
-    rollout = sample(model, tokenizer, [r.get("ids", r["prompt"]) for r in rows], k, config.max_new_tokens, config.temperature)
+    ids = [r.get("ids") or prompt_ids(tokenizer, r["prompt"], config.plain) for r in rows]
+    rollout = sample(model, tokenizer, ids, k, config.max_new_tokens, config.temperature)
     tick("sample_s")
 
-    # 2. quality of each
+    # 2. quality of each: the only place where the task comes in
     repeated = [r for r in rows for _ in range(k)]
-    quality = torch.tensor(reward([r["prompt"] for r in repeated], rollout.texts, repeated)).view(P, k)  # (P, k)
+    scores = reward([r["prompt"] for r in repeated], rollout.texts, repeated)       # B floats
+    quality = torch.tensor(scores, dtype=torch.float32).view(P, k)                  # (P, k)
     tick("reward_s")
 
     # 3. the volume they span, and what each response adds to it
-    if encoder is not None:
+    if config.objective != "grpo":
         phi = embed(encoder, rollout.texts, known).view(P, k, -1)                   # (P, k, D)
         tick("embed_s")
         volume = log_det(phi).mean().item()
         phi = quality_weighted(phi, quality) if config.kernel == "quality" else phi
-        gain, bonus = marginal_gains(phi), diversity_bonus(config.objective, config.alpha, phi)  # (P, k) both
+        gain = marginal_gains(phi)                                                  # (P, k), reported
+        bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
     else:
         gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan
     tick("gains_s")
 
-    # 4. the KL penalty belongs in the reward: -beta * log(pi/pi_ref), detached, is the exact score-function gradient of
+    # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref), detached, is the exact score-function gradient of
     # KL(pi || pi_ref). WARNING: differentiating the popular k3 estimator as a loss gives the (per-token) gradient of
     # KL(pi_ref || pi) instead. k3 is only reported.
-    pieces = [slice(i, i + (config.micro_batch or P * k)) for i in range(0, P * k, config.micro_batch or P * k)]
+    size = config.micro_batch or P * k
+    pieces = [slice(i, i + size) for i in range(0, P * k, size)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
     old, kl, penalty = None, 0.0, torch.zeros(P, k)
     if config.epochs > 1 or config.beta > 0:  # all rows, before the first update
@@ -418,13 +479,14 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         penalty = config.beta * log_ratio.sum(1).view(P, k).cpu()                   # (P, k)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()          # k3, nats per response
 
-    # 5. one weight per response
+    # 5. one weight per response, from its own group only
     advantage = advantages(quality - penalty, bonus, config.baseline)               # (P, k)
     weight = advantage.view(P * k).to(model.device)                                 # (B,) back in the order of the rows
 
     # 6. gradient ascent
+    total = rollout.mask.sum().item()
     for epoch in range(config.epochs):
-        loss, stats, drift = 0.0, {}, 0.0
+        loss, stats, drift = 0.0, {"clipped": 0.0, "entropy": 0.0}, 0.0
         for s in pieces:
             part = rollout.rows(s)
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
@@ -433,21 +495,25 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
-            stats = {key: stats.get(key, 0.0) + x * share for key, x in part_stats.items()}
-            if epoch == 0:  # scored against sampled: zero but for rounding, or something is wrong
-                drift += ((logp.detach() - part.logp).abs() * part.mask).sum().item() / rollout.mask.sum().item()
+            for key in stats:  # means over tokens
+                stats[key] += part_stats[key] * part.mask.sum().item() / total
+            drift += ((logp.detach() - part.logp).abs() * part.mask).sum().item() / total
+        if epoch == 0:  # scored against sampled, before any update: rounding only (1e-6 in float32, 1e-2 in bf16),
+            first_drift = drift  # or sampling and scoring do not see the same policy
+        # Adam makes the scale of the loss irrelevant; the clip only tames outliers. One rollout is one optimizer step:
+        # on-policy, so no ratio and no clipping, unless --epochs asks for more out of the same samples.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        first = {"drift": drift} if epoch == 0 else first
     tick("update_s")
 
+    # For the log: what is optimised (quality, gain), and what tells whether it goes well (README: "What the numbers mean").
     texts = [rollout.texts[i:i + k] for i in range(0, P * k, k)]
     metrics = dict(
         quality=quality.mean().item(), gain=gain.mean().item(), log_det=volume,
         distinct=sum(len(set(group)) for group in texts) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
         truncated=rollout.truncated.float().mean().item(), empty=sum(not t.strip() for t in rollout.texts) / (P * k),
-        kl=kl, loss=loss, grad_norm=grad_norm, **stats, **first, **{n: t for n, t in clock.items() if n != "_"})
+        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, **stats, **clock)
     metrics["samples"] = [
         dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
         zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())]
@@ -455,7 +521,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
 
 def _pad_cat(parts, mask):
-    """Micro-batches of different widths back into one (B, T), zeros outside."""
+    """Micro-batches of different widths (b, T') back into one (B, T), zeros outside."""
     return torch.cat([F.pad(p, (0, mask.shape[1] - p.shape[1])) for p in parts])
 
 
@@ -474,12 +540,16 @@ def default_device():
 
 
 def load_model(name, device=None):
-    """(model, tokenizer) of any causal language model, float32, in eval mode, with every dropout set to 0."""
+    """(model, tokenizer) of any causal language model, float32, in eval mode, with every dropout set to 0.
+
+    name: a folder or a hub id. Only safetensors weights are read and no code from the hub is run.
+    Raises BadInput with the reason when that fails."""
     try:
         config = AutoConfig.from_pretrained(resolve(name))
-        for key, x in vars(config).items():  # the policy that is scored must be the policy that sampled
-            if "drop" in key and isinstance(x, float):
-                setattr(config, key, 0.0)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            for key, x in vars(part).items():  # the policy that is scored must be the policy that sampled
+                if "drop" in key and isinstance(x, float):
+                    setattr(part, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
         model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -506,7 +576,7 @@ def load_encoder(name=MINILM, device=None):
 
 
 def main(texts):
-    """Gram matrix, log det and marginal gains of some texts."""
+    """Gram matrix, log det and marginal gains of some texts: what the group of a prompt would look like to DQO."""
     if len(texts) < 2:
         print('dqo.py: give at least two texts: python dqo.py "a sentence" "another"', file=sys.stderr)
         return 2

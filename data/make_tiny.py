@@ -192,8 +192,11 @@ def write_tasks(rng):
         row["split"] = "test" if i % 5 == 0 else "train"
     rows = {"instruct": list(instruct_rows()), "summarize": summaries, "story": list(story_rows(rng)), "reason": list(reason_rows())}
     for task, rs in rows.items():
-        if task == "story":  # pre-training sees all train pairs; RL half of them, so that no task comes up more often
-            rs = [r for i, r in enumerate(rs) if r["split"] == "test" or i % 2]
+        # Pre-training may see all train rows; RL gets about a hundred per task, so that no task comes up more often.
+        if task == "story":
+            rs = [r for i, r in enumerate(rs) if r["split"] == "test" or (i // len(STORY_PLACES) + i) % 4 < 2]
+        if task == "summarize":
+            rs = [r for i, r in enumerate(rs) if r["split"] == "test" or i % 5 != 4]
         (HERE / f"{task}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rs))
     test = {r["prompt"] for rs in rows.values() for r in rs if r["split"] == "test"}
     return {task: [r for r in rs if r["split"] == "train"] for task, rs in rows.items()}, test

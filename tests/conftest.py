@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def pytest_configure(config):
@@ -33,6 +33,19 @@ def random_llama(vocab, seed=0, hidden=32, layers=2, spread=1.0, **kw):
             if p.dim() > 1:
                 p.mul_(5)
         model.lm_head.weight.mul_(spread)
+    return model.eval()
+
+
+def random_gpt2(vocab, spread=1.0):
+    """The same for an architecture with absolute positions, where padding shows if position ids are wrong."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=2, bos_token_id=1, pad_token_id=0))
+    with torch.no_grad():
+        for p in model.transformer.h.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+        model.transformer.wpe.weight.mul_(30)
+        model.lm_head.weight.mul_(10 * spread)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from conftest import random_llama, word_tokenizer
+from conftest import random_gpt2, random_llama
 from dqo import BadInput, draw, prompt_ids, sample, token_logps
 
 PROMPTS = ["<s> w5 w6", "<s>", "<s> w9 w9 w3 w30 w7", "<s> w4"]  # different lengths, so the batch is padded
@@ -38,9 +38,10 @@ def check_layout(rollout, ends, P, k, T):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-@pytest.mark.parametrize("ends,pad", [([2], 0), ([2], 2), ([2, 7, 11], 0)], ids=["one", "pad=eos", "several"])
-def test_scores_equal_what_was_sampled(tokenizer, temperature, ends, pad, monkeypatch):
-    model = random_llama(40, spread=0.3)
+@pytest.mark.parametrize("make,ends,pad", [(random_llama, [2], 0), (random_llama, [2], 2), (random_llama, [2, 7, 11], 0), (random_gpt2, [2], 0)],
+                         ids=["one", "pad=eos", "several", "absolute positions"])
+def test_scores_equal_what_was_sampled(tokenizer, temperature, make, ends, pad, monkeypatch):
+    model = make(40, spread=0.3)
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     copies = []
@@ -138,6 +139,12 @@ def test_draw_from_a_large_vocabulary():
     assert 0 < log_probs.double().exp().sum().item() - log_probs[0, 77].double().exp().item() < 1e-9
     assert draw(log_probs, torch.tensor([0.5], dtype=torch.float64)).item() == 77
     assert draw(log_probs, last).item() < V - 1000
+    # Rare tokens after a peak, each too small to change a float32 sum near 1, but 0.03 % together: every one gets its share.
+    rare = torch.log_softmax(torch.where(torch.arange(V) == 77, 20.0, 0.0)[None], -1)
+    p = rare[0].double().exp()
+    for target in range(1000, V, 4999):
+        at = torch.tensor([(p[:target].sum() + p[target] / 2).item() / p.sum().item()], dtype=torch.float64)
+        assert abs(draw(rare, at).item() - target) <= 1
     peaked = torch.log_softmax(torch.where(torch.arange(V) == 77, 16.0, 0.0)[None], -1)  # the peak holds 98.3 %
     p = peaked[0].double().exp()
     drawn = draw(peaked.expand(n, V), u)[:, 0]

@@ -23,6 +23,7 @@ class HashEncoder:
 
 
 def reward(prompts, responses, rows):
+    assert len(prompts) == len(responses) == len(rows) == 12
     return [min(1.0, len(set(r.split())) / 8) for r in responses]
 
 
@@ -48,7 +49,7 @@ def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
     updates, metrics = step(model, tokenizer)
     torch.manual_seed(4)
     rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
-    quality = torch.tensor(reward(None, rollout.texts, None)).view(3, 4)
+    quality = torch.tensor(reward(rollout.texts, rollout.texts, rollout.texts)).view(3, 4)
     gain = marginal_gains(embed(HashEncoder(), rollout.texts).view(3, 4, -1))
     weight = advantages(quality, 1.0 * gain, "mean")
     logp = token_logps(model, rollout)
@@ -71,7 +72,7 @@ def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
         parts, n = step(model, tokenizer, objective=objective, micro_batch=size)
         for a, b in zip(whole, parts):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        for key in ("loss", "grad_norm", "drift"):
+        for key in ("loss", "grad_norm", "drift", "entropy", "clipped"):
             assert m[key] == pytest.approx(n[key], abs=1e-5)
 
 
@@ -131,6 +132,10 @@ def test_epochs(model, tokenizer):
     two, metrics = step(model, tokenizer, epochs=2)
     assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(one, two))
     assert metrics["drift"] < 1e-5  # of the first epoch
+    # The second epoch's ratio is against the policy that sampled, so a tight clip stops what a wide one lets move.
+    tight, metrics = step(model, tokenizer, epochs=2, clip=1e-4)
+    wide, free = step(model, tokenizer, epochs=2, clip=1e4)
+    assert metrics["clipped"] > 0.2 and free["clipped"] == 0 and any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(tight, wide))
     micro, _ = step(model, tokenizer, epochs=2, micro_batch=5)
     for a, b in zip(two, micro):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -150,7 +155,7 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_away_from_it(model, tokenize
     rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
     with torch.no_grad():
         ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1)
-    quality = torch.tensor(reward(None, rollout.texts, None))
+    quality = torch.tensor(reward(rollout.texts, rollout.texts, rollout.texts))
     gain = torch.tensor([s["gain"] for s in metrics["samples"]])
     expected = advantages((quality - 0.5 * ratio).view(3, 4), gain.view(3, 4), "mean").flatten()
     torch.testing.assert_close(torch.tensor([s["advantage"] for s in metrics["samples"]]), expected, rtol=1e-4, atol=1e-4)
@@ -163,7 +168,8 @@ def test_advantages_stay_within_their_group(model, tokenizer):
         a = torch.tensor([s["advantage"] for s in metrics["samples"]]).view(3, 4)
         torch.testing.assert_close(a.sum(1), torch.zeros(3), rtol=0, atol=1e-5)
     torch.manual_seed(4)
-    metrics = dqo_step(copy.deepcopy(model), tokenizer, None, reward, torch.optim.SGD(model.parameters(), lr=0.0), ROWS, config(objective="grpo"))
+    model = copy.deepcopy(model)
+    metrics = dqo_step(model, tokenizer, None, reward, torch.optim.SGD(model.parameters(), lr=0.0), ROWS, config(objective="grpo"))
     assert math.isnan(metrics["log_det"]) and math.isfinite(metrics["quality"])
 
 
