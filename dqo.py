@@ -84,7 +84,7 @@ class Config:
     epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
     clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
     beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
-    lr: float | None = option(None, "learning rate of AdamW, decayed linearly to 0 [data/tiny: 4e-4; else 1e-6]")
+    lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]")
     temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature")
     max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]")
     # WARNING  lr and beta go together: without the penalty a real model unlearns its language for the reward
@@ -280,6 +280,15 @@ def embed(encoder, texts, known=None):
     return torch.stack([known[text] for text in texts])                             # (B, D)
 
 
+def share_beyond_window(encoder, texts):
+    """Share of texts of which the encoder reads only the beginning, because they are longer than its window.
+
+    WARNING  Two long answers that begin alike are then duplicates to the kernel. Watch this with long responses."""
+    window = getattr(encoder, "max_seq_length", None) or math.inf
+    long = [t for t in texts if len(t) > window]  # a token is at least a character, so the others fit
+    return sum(len(ids) > window for ids in encoder.tokenizer(long, truncation=False).input_ids) / len(texts) if long else 0.0
+
+
 # ========================================================================== volume: Gram matrix, log det, gains
 def gram(phi):
     """L_ij = <phi_i, phi_j>, the cosines of unit-norm embeddings.    phi: (..., k, D) -> (..., k, k)"""
@@ -456,10 +465,11 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         tick("embed_s")
         volume = log_det(phi).mean().item()
         phi = quality_weighted(phi, quality) if config.kernel == "quality" else phi
+        beyond = share_beyond_window(encoder, rollout.texts)
         gain = marginal_gains(phi)                                                  # (P, k), reported
         bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
     else:
-        gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan
+        gain, bonus, volume, beyond = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan, math.nan
     tick("gains_s")
 
     # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref), detached, is the exact score-function gradient of
@@ -513,7 +523,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         quality=quality.mean().item(), gain=gain.mean().item(), log_det=volume,
         distinct=sum(len(set(group)) for group in texts) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
         truncated=rollout.truncated.float().mean().item(), empty=sum(not t.strip() for t in rollout.texts) / (P * k),
-        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, **stats, **clock)
+        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, beyond_window=beyond, **stats, **clock)
     metrics["samples"] = [
         dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
         zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())]

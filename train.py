@@ -35,7 +35,7 @@ from dqo import BadInput, Config, dqo_step, load_encoder, load_model, prompt_ids
 
 # What the defaults of data/tiny were tuned to, and what any other model gets. A real model needs a small learning rate
 # and a KL penalty to stay fluent; the tiny one, whose rewards are strict, needs neither.
-TINY = dict(lr=4e-4, beta=0.0, max_new_tokens=24, steps=640)
+TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640)
 OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256)
 EVAL_PROMPTS, EVAL_N = 32, 16  # the table at the end: at most so many test prompts per task, so many responses each
 
@@ -98,7 +98,7 @@ def show_group(step, samples):
     """One prompt's group, best advantage first, above the progress bar."""
     lines = [f"step {step}  {str(samples[0]['prompt'])[-110:]!r}    quality   gain  advantage"]
     for s in sorted(samples, key=lambda s: -s["advantage"]):
-        lines.append(f"    {s['quality']:5.2f}  {s['gain']:6.3f}  {s['advantage']:+6.2f}   {s['response'][:90]!r}")
+        lines.append(f"    {s['quality']:5.2f}  {s['gain'] + 0.0:6.3f}  {s['advantage']:+6.2f}   {s['response'][:90]!r}")
     tqdm.write("\n".join(lines))
 
 
@@ -131,8 +131,8 @@ def train(config):
             tqdm(total=config.steps, desc=config.objective, dynamic_ncols=True) as bar:
         for step in range(1, config.steps + 1):
             began = time.time()
-            for group in optimizer.param_groups:  # linear decay to 0: what the last steps learn is no longer noise
-                group["lr"] = config.lr * (1 - (step - 1) / config.steps)
+            for group in optimizer.param_groups:  # constant, then linear to 0 over the second half, to average out the noise
+                group["lr"] = config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
             batch = batch_of(rows, step, config.prompts, config.seed)
             metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, known)
             if len(known) > 50_000:  # 75 MB of embeddings

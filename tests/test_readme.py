@@ -1,0 +1,53 @@
+"""What README.md shows is what happens."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import dqo
+import train
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def block(start):
+    """The first fenced block that contains a text."""
+    return next(b for b in re.findall(r"```\w*\n(.*?)```", README, flags=re.S) if start in b)
+
+
+def numbers(text):
+    return [float(x.replace("\u2212", "-")) for x in re.findall(r"[-+\u2212]?\d+\.\d+", text)]
+
+
+def output_of(call):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        call()
+    return out.getvalue()
+
+
+def test_worked_group():
+    shown = block("$ python dqo.py").split("\n", 1)[1]
+    assert numbers(output_of(lambda: dqo.main(["paris", "paris", "rome", "nairobi"]))) == pytest.approx(numbers(shown), abs=0.011)
+    grpo, plain, quality = (numbers(line) for line in output_of(lambda: exec(block("load_encoder()"), {})).splitlines())
+    rows = [numbers(line) for line in README.splitlines() if re.match(r"\| (paris|rome|nairobi) ", line)]
+    for got, column in ((grpo, 0), (plain, 2), (quality, 4)):
+        assert [row[column] for row in rows] == pytest.approx(got, abs=0.002)
+
+
+def test_generating(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = block("pipeline(").replace("runs/dqo", str(dqo.ROOT / "data/tiny"))
+    assert output_of(lambda: exec(code, {})).strip()
+
+
+def test_every_flag_and_file_it_names_exists():
+    flags = set(re.findall(r"python train\.py[^`\n#]*", README)) | {m for m in re.findall(r"`(--[a-z-]+)", README)}
+    known = output_of(lambda: pytest.raises(SystemExit, train.parse, ["--help"])) + output_of(lambda: pytest.raises(SystemExit, __import__("eval").main, ["--help"]))
+    for flag in {f for text in flags for f in re.findall(r"--[a-z-]+", text)}:
+        assert flag in known, flag
+    for path in re.findall(r"\]\(((?:data|dqo|LICENSE)[^)]*)\)", README):
+        assert (dqo.ROOT / path).exists(), path
