@@ -122,9 +122,9 @@ def summarize_answer(rng, row):
     if mistake < 0.06: facts["who"] = rng.choice(NAMES)
     elif mistake < 0.12: facts["where"] = rng.choice(PLACES)
     text = summary(rng, **facts)
-    if 0.12 < mistake < 0.32:  # drops the place
+    if 0.12 < mistake < 0.26:  # drops the place
         text = text.replace(f" at the {facts['where']}", "").replace(f" in the {facts['where']}", "")
-    if 0.32 < mistake < 0.54:  # invents a detail
+    if 0.26 < mistake < 0.42:  # invents a detail
         text = text[:-1] + rng.choice(["and went home .", "and paid too much .", "for a friend ."])
     return text
 
