@@ -21,7 +21,11 @@ def number(result, column):
 def load():
     """{(model, seed): {task: result}}, with the average over tasks."""
     files = {("base", 0): RUNS / "base.json"} | {(o, s): RUNS / f"{o}-{s}/eval.json" for o in OBJECTIVES for s in SEEDS}
-    return {key: {r["task"]: r for r in (rs := json.loads(f.read_text())) + [evaluation.average(rs)]} for key, f in files.items()}
+    results = {}
+    for key, file in files.items():
+        tasks = json.loads(file.read_text())
+        results[key] = {r["task"]: r for r in tasks + [evaluation.average(tasks)]}
+    return results
 
 
 def main():
