@@ -131,8 +131,8 @@ def train(config):
             tqdm(total=config.steps, desc=config.objective, dynamic_ncols=True) as bar:
         for step in range(1, config.steps + 1):
             began = time.time()
-            for group in optimizer.param_groups:  # constant, then linear to 0 over the last third, to average out the noise
-                group["lr"] = config.lr * min(1.0, 3 * (1 - (step - 1) / config.steps))
+            for group in optimizer.param_groups:  # constant, then linear to 0 over the second half, to average out the noise
+                group["lr"] = config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
             batch = batch_of(rows, step, config.prompts, config.seed)
             metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, known)
             if len(known) > 50_000:  # 75 MB of embeddings
