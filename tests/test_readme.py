@@ -1,8 +1,10 @@
 """What README.md shows is what happens."""
 
 import contextlib
+import csv
 import io
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,19 @@ def test_every_flag_and_file_it_names_exists():
         assert flag in known, flag
     for path in re.findall(r"\]\(((?:data|dqo|LICENSE)[^)]*)\)", README):
         assert (dqo.ROOT / path).exists(), path
+
+
+def test_results_are_those_of_the_csv():
+    """Every cell of the results table: mean ± standard deviation over the runs in comparison.csv."""
+    rows = list(csv.DictReader((dqo.ROOT / "data/results/comparison.csv").open()))
+    lines = README[README.index("## Results"):].splitlines()[4:19]
+    task = None
+    for line in lines:
+        name, model, *cells = [x.strip() for x in line.strip("|").split("|")]
+        task = name or task
+        runs = [r for r in rows if r["task"] == task and r["model"] == model]
+        assert len(runs) == (1 if model == "base" else 3)
+        for cell, column in zip(cells, ("quality", "pass_at_16", "distinct_correct", "self_bleu_diversity", "log_det")):
+            x = [float(r[column]) for r in runs]
+            digits = len(cell.split(" ")[0].split(".")[1])
+            assert cell == f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else ""), (task, model, column)
