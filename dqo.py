@@ -212,7 +212,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
         raise BadInput(f"prompt {[bool(x) for x in ids].index(False) + 1} of the batch has no tokens")
     end = end_tokens(model, tokenizer)                                              # (E,)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(end[0])
-    P, B, N, T = len(ids), len(ids) * k, max(map(len, ids)), max_new_tokens
+    B, N, T = len(ids) * k, max(map(len, ids)), max_new_tokens
     # Padding on the left, so that all responses start at column N and the last column always holds a real token, whose
     # logits are the next-token distribution. With padding on the right the prompts would end at different columns.
     prompt = torch.tensor([[pad] * (N - len(x)) + x for x in ids], device=device)   # (P, N)

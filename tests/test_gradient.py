@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import random_llama, word_tokenizer
+from conftest import random_llama
 from dqo import BadInput, Config, Rollout, advantages, diversity_bonus, log_det, policy_loss, quality_weighted, token_logps
 
 M, D, ALPHA = 4, 3, 0.7

@@ -1,7 +1,5 @@
 """Rewards: right answers in varied phrasing pass, everything else fails, and nothing crashes."""
 
-import json
-
 import pytest
 
 from data import tasks
