@@ -79,15 +79,15 @@ class Config:
     # the rollout
     k: int = option(8, "responses per prompt")
     prompts: int = option(8, "prompts per step")
-    steps: int | None = option(None, "optimizer steps [data/tiny: 640; else one pass over the data]")
-    # the update
-    epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
-    clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
-    beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
-    lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]")
     temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature")
     max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]")
+    # the update
+    steps: int | None = option(None, "optimizer steps [data/tiny: 640; else one pass over the data]")
+    epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
+    clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
     # WARNING  lr and beta go together: without the penalty a real model unlearns its language for the reward
+    beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
+    lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]")
     micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient")
     # the data and the run
     limit: int = option(0, "use only the first N prompts of each task; 0 = all")
@@ -177,6 +177,11 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def positions(attention_mask):
+    """Position ids that do not count padding, (B, S) -> (B, S): [0 0 1 1 1] -> [0 0 0 1 2]."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def log_softmax(logits, temperature):
     """Logits become log-probabilities here and nowhere else: (..., V) -> (..., V) float32.
     Sampling and scoring must divide by the same temperature, or the gradient is that of another policy."""
@@ -225,7 +230,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
 
     with autocast(device):
         # The k responses share their prompt: run it once, then repeat its keys and values k times.
-        out = model(input_ids=prompt, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
+        out = model(input_ids=prompt, attention_mask=real, position_ids=positions(real),
                     use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
         cache.batch_repeat_interleave(k)
@@ -250,7 +255,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
                 keep = alive.nonzero()[:, 0]                                        # (R',)
                 cache.batch_select_indices(keep)
                 rows, token, alive = rows[keep], token[keep], alive[keep]
-            # The position of the new token is the number of real tokens before it: left padding does not count.
+            # The new token's position is the last of `positions(context)`: the number of real tokens before it.
             context = seen[rows, :N + t + 1]                                        # (R, N+t+1)
             out = model(input_ids=token, attention_mask=context, position_ids=context.sum(1, keepdim=True) - 1,
                         past_key_values=cache, use_cache=True)
@@ -393,7 +398,7 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
     T = rollout.mask.shape[1]
     with autocast(model.device):
         logits = model(input_ids=rollout.tokens, attention_mask=rollout.attention_mask,
-                       position_ids=(rollout.attention_mask.cumsum(1) - 1).clamp(min=0),  # as if there were no padding
+                       position_ids=positions(rollout.attention_mask),
                        use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V), column t predicts response token t
     token = rollout.tokens[:, rollout.prompt_length:]                               # (B, T)
     # The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Their log-softmax would be as
@@ -472,9 +477,9 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         gain, bonus, volume, beyond = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan, math.nan
     tick("gains_s")
 
-    # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref), detached, is the exact score-function gradient of
-    # KL(pi || pi_ref). WARNING: differentiating the popular k3 estimator as a loss gives the (per-token) gradient of
-    # KL(pi_ref || pi) instead. k3 is only reported.
+    # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref),
+    # detached, is the exact score-function gradient of KL(pi || pi_ref). WARNING: differentiating the popular k3
+    # estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi) instead. k3 is only reported.
     size = config.micro_batch or P * k
     pieces = [slice(i, i + size) for i in range(0, P * k, size)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)

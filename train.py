@@ -72,8 +72,9 @@ def open_run(config):
         config.out = next(name for name in names if not Path(name).exists())
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (config.overwrite and (out / "run.json").is_file()):
-            raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it" if (out / "run.json").is_file() else " and is no run folder: name another"))
+        is_run = (out / "run.json").is_file()
+        if not (config.overwrite and is_run):
+            raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it" if is_run else " and is no run folder: name another"))
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -150,16 +151,17 @@ def train(config):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"\ntrained {config.steps} steps in {time.time() - start:.0f} s")
-    report(config, model, tokenizer, encoder, reward)
+    base = reference or load_model(config.model)[0]
+    report(config, base, model, tokenizer, encoder, reward)
 
 
-def report(config, model, tokenizer, encoder, reward):
+def report(config, base, model, tokenizer, encoder, reward):
     """The table base -> trained on the test prompts, and what to type next."""
     rows = load_rows(config.data, "test", min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS), config.prompt_key, config.answer_key)
     common = dict(tokenizer=tokenizer, encoder=encoder, rows=rows, reward=reward, n=EVAL_N, max_new_tokens=config.max_new_tokens,
                   temperature=config.temperature, plain=config.plain)
     before, after = (evaluation.by_model(evaluation.evaluate(name, m, **common))[name]
-                     for name, m in (("base", load_model(config.model)[0]), ("trained", model)))
+                     for name, m in (("base", base), ("trained", model)))
     print(f"\n{len(rows)} test prompts, {EVAL_N} responses each, base -> trained\n"
           f"{'task':<12}{'quality':>15}{'pass@' + str(EVAL_N):>16}{'distinct correct':>20}{'1 - self-BLEU':>17}{'log det':>18}")
     for b, a in zip(before, after):
