@@ -35,8 +35,11 @@ import contextlib
 import hashlib
 import importlib.util
 import math
+import os
 import sys
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +71,9 @@ class Config:
 
     # what is trained, on what, judged by whom
     model: str = option("data/tiny", "causal language model: folder or hub id")
-    data: str = option("instruct,summarize,story,reason", "miniature tasks, or a .jsonl file of prompts (then --reward)")
-    reward: str | None = option(None, "reward for a .jsonl file: a task's name, or file.py:function")
+    data: str = option("instruct,summarize,story,reason", "tasks by name (data/tasks.py), or prompts: a .jsonl file, its https:// "
+                       "address, or a hub dataset")
+    reward: str | None = option(None, "reward by name, hf:MODEL, or file.py:function [the task's own]")
     encoder: str = option("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers model whose space measures diversity")
     # the objective
     objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise"))
@@ -89,6 +93,7 @@ class Config:
     beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
     lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]")
     micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient")
+    gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, a third more time")
     # the data and the run
     limit: int = option(0, "use only the first N prompts of each task; 0 = all")
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
@@ -96,26 +101,25 @@ class Config:
     answer_key: str = option("answer", "name of the answer in a .jsonl row")
     seed: int = option(0, "random seed")
     out: str | None = option(None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
+    save_every: int = option(100, "steps between checkpoints, of which the last two are kept")
     overwrite: bool = option(False, "replace the run folder when it holds another run")
+    resume: str | None = option(None, "continue the run in this folder after its last checkpoint; only --steps may be given beside it")
 
     def check(self):
         """Refuse what cannot work. Raises BadInput with one line that says what to change."""
-        for name, low in dict(k=1, prompts=1, steps=1, epochs=1, max_new_tokens=1, micro_batch=0, limit=0).items():
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {low}")
-        for name in ("alpha", "beta", "lr", "clip", "temperature"):
-            x = getattr(self, name)
-            if x is not None and not (math.isfinite(x) and (x > 0 if name in ("lr", "temperature") else x >= 0)):
-                raise BadInput(f"--{name} is {x}: it must be {'above 0' if name in ('lr', 'temperature') else 'at least 0'}")
-        needed = 2 if self.baseline != "none" or self.objective == "pairwise" else 1
+        least = dict.fromkeys("k prompts steps epochs max_new_tokens save_every".split(), 1)
+        for name in (*least, *"micro_batch limit alpha beta clip lr temperature".split()):
+            x, low = getattr(self, name), least.get(name, 0)
+            above = name in ("lr", "temperature")
+            if x is not None and not (math.isfinite(x) and (x > low if above else x >= low)):
+                raise BadInput(f"--{name.replace('_', '-')} is {x}: it must be {'above' if above else 'at least'} {low}")
+        # A baseline over the group, and a distance, need two responses. And with a baseline over the group k samples estimate
+        # the diversity of k - 1 (see `advantages`). For k = 2 that is the diversity of one response, a constant: g_1 = g_2,
+        # and centring leaves nothing.
+        centred = self.baseline != "none"
+        needed = 3 if centred and self.objective != "grpo" else 2 if centred or self.objective == "pairwise" else 1
         if self.k < needed:
-            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} compares the responses of a "
-                           f"group; use --k {needed} or more")
-        # With a group baseline the k samples estimate the diversity of k - 1 (see `advantages`). For k = 2 that is the
-        # diversity of one response, a constant: g_1 = g_2, and centring leaves nothing.
-        if self.objective != "grpo" and self.baseline != "none" and self.k < 3:
-            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no diversity signal "
-                           f"below k = 3; use --k 3 or more, or --baseline none")
+            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no signal below k = {needed}; use --k {needed} or more")
         if self.kernel == "quality" and self.objective != "dqo":
             raise BadInput(f"--kernel quality is defined for --objective dqo only, not for {self.objective}")
 
@@ -278,20 +282,13 @@ def embed(encoder, texts, known=None):
     the encoder is nearly half of a step on a CPU). The empty string is a text like any other: two of them are duplicates.
     NOTE: only the response is embedded, without its prompt, which all k share and which would make them all alike."""
     known = {} if known is None else known
+    if len(known) > 20_000:  # 30 MB of embeddings
+        known.clear()
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
         vectors = torch.as_tensor(encoder.encode(new)).float().cpu()                # (len(new), D)
         known.update(zip(new, F.normalize(vectors, dim=-1)))
     return torch.stack([known[text] for text in texts])                             # (B, D)
-
-
-def share_beyond_window(encoder, texts):
-    """Share of texts of which the encoder reads only the beginning, because they are longer than its window.
-
-    WARNING  Two long answers that begin alike are then duplicates to the kernel. Watch this with long responses."""
-    window = getattr(encoder, "max_seq_length", None) or math.inf
-    long = [t for t in texts if len(t) > window]  # a token is at least a character, so the others fit
-    return sum(len(ids) > window for ids in encoder.tokenizer(long, truncation=False).input_ids) / len(texts) if long else 0.0
 
 
 # ========================================================================== volume: Gram matrix, log det, gains
@@ -434,7 +431,7 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
 
 
 # ====================================================================================================== step
-def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None, known=None):
+def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None, memory=None):
     """One whole step of the algorithm: sample, judge, embed, weigh, update. Returns a dict of metrics.
 
     model:     its weights are changed in place, by `optimizer`, once per epoch
@@ -442,9 +439,13 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     reward:    function(prompts, responses, rows) -> B floats; all three arguments have length B
     encoder:   see `embed`; not used by `grpo`, whose gain and log_det are NaN
     reference: the frozen starting model, with beta > 0
-    known:     a dict that remembers embeddings from step to step, see `embed`
-    `metrics["samples"]` holds the groups themselves: one dict per response."""
+    memory:    a dict that the caller keeps from step to step, and saves in order to resume exactly: known embeddings
+               (see `embed`; in its last bits an embedding depends on the batch it was encoded in) and the centre of an
+               unbounded reward
+    `metrics["samples"]` holds the groups themselves: one dict per response.
+    Raises BadInput, before the weights are touched, when a number is not finite, with the response that it belongs to."""
     P, k = len(rows), config.k
+    memory = {} if memory is None else memory
     clock, last = {}, time.perf_counter()
 
     def tick(name):  # wall time of the part that ends here
@@ -462,19 +463,25 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     repeated = [r for r in rows for _ in range(k)]
     scores = reward([r["prompt"] for r in repeated], rollout.texts, repeated)       # B floats
     quality = torch.tensor(scores, dtype=torch.float32).view(P, k)                  # (P, k)
+    demand_finite("quality", quality, repeated, rollout.texts)
     tick("reward_s")
 
     # 3. the volume they span, and what each response adds to it
     if config.objective != "grpo":
-        phi = embed(encoder, rollout.texts, known).view(P, k, -1)                   # (P, k, D)
+        phi = embed(encoder, rollout.texts, memory.setdefault("known", {})).view(P, k, -1)  # (P, k, D)
+        demand_finite("embedding", phi.sum(-1), repeated, rollout.texts)
         tick("embed_s")
         volume = log_det(phi).mean().item()
-        phi = quality_weighted(phi, quality) if config.kernel == "quality" else phi
-        beyond = share_beyond_window(encoder, rollout.texts)
+        if config.kernel == "quality":
+            # An unbounded reward is squashed, for the kernel alone. The centre stays what the first rollout made it: if it
+            # moved with the group, q_i would no longer depend on y_i alone.
+            unbounded = getattr(reward, "range", None) == (-math.inf, math.inf)
+            center = memory.setdefault("center", quality.mean().item())
+            phi = quality_weighted(phi, torch.sigmoid(quality - center) if unbounded else quality)
         gain = marginal_gains(phi)                                                  # (P, k), reported
         bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
     else:
-        gain, bonus, volume, beyond = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan, math.nan
+        gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan
     tick("gains_s")
 
     # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref),
@@ -484,18 +491,22 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     pieces = [slice(i, i + size) for i in range(0, P * k, size)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
     old, kl, penalty = None, 0.0, torch.zeros(P, k)
-    if config.epochs > 1 or config.beta > 0:  # all rows, before the first update
-        with torch.no_grad():
-            old = _pad_cat([token_logps(model, rollout.rows(s), config.temperature) for s in pieces], rollout.mask)  # (B, T)
+
+    @torch.no_grad()
+    def scored_by(some_model):  # all rows, (B, T), zeros outside the mask
+        parts = [token_logps(some_model, rollout.rows(s), config.temperature) for s in pieces]
+        return torch.cat([F.pad(p, (0, rollout.mask.shape[1] - p.shape[1])) for p in parts])
+
+    if config.epochs > 1 or config.beta > 0:
+        old = scored_by(model)
     if config.beta > 0:
-        with torch.no_grad():
-            ref = _pad_cat([token_logps(reference, rollout.rows(s), config.temperature) for s in pieces], rollout.mask)
-        log_ratio = old - ref                                                       # (B, T), 0 outside the mask
+        log_ratio = old - scored_by(reference)                                      # (B, T)
         penalty = config.beta * log_ratio.sum(1).view(P, k).cpu()                   # (P, k)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()          # k3, nats per response
 
     # 5. one weight per response, from its own group only
     advantage = advantages(quality - penalty, bonus, config.baseline)               # (P, k)
+    demand_finite("advantage", advantage, repeated, rollout.texts)
     weight = advantage.view(P * k).to(model.device)                                 # (B,) back in the order of the rows
 
     # 6. gradient ascent
@@ -507,6 +518,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
             logp = token_logps(model, part, config.temperature)                     # (b, T)
             old_part = old[s, :logp.shape[1]] if config.epochs > 1 else None
+            demand_finite("log-probability", logp.detach().sum(1), repeated[s], part.texts)
             part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
@@ -518,6 +530,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         # Adam makes the scale of the loss irrelevant; the clip only tames outliers. One rollout is one optimizer step:
         # on-policy, so no ratio and no clipping, unless --epochs asks for more out of the same samples.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        i = weight.abs().argmax().item()  # the first suspect when the gradient of the batch is NaN or infinite
+        demand_finite("gradient", torch.tensor([grad_norm]), repeated[i:], rollout.texts[i:])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tick("update_s")
@@ -528,16 +542,18 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         quality=quality.mean().item(), gain=gain.mean().item(), log_det=volume,
         distinct=sum(len(set(group)) for group in texts) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
         truncated=rollout.truncated.float().mean().item(), empty=sum(not t.strip() for t in rollout.texts) / (P * k),
-        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, beyond_window=beyond, **stats, **clock)
+        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, **stats, **clock)
     metrics["samples"] = [
         dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
         zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())]
     return metrics
 
 
-def _pad_cat(parts, mask):
-    """Micro-batches of different widths (b, T') back into one (B, T), zeros outside."""
-    return torch.cat([F.pad(p, (0, mask.shape[1] - p.shape[1])) for p in parts])
+def demand_finite(what, values, rows, texts):
+    """Stop at the first response with a value that is NaN or infinite: one update later every weight would be NaN."""
+    for value, row, text in zip(values.flatten().tolist(), rows, texts):
+        if not math.isfinite(value):
+            raise BadInput(f"the {what} is {value} for the prompt {str(row['prompt'])[-80:]!r} and the response {text[:80]!r}")
 
 
 # ================================================================================================== loading
@@ -554,21 +570,42 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@contextlib.contextmanager
+def loading(what, name):
+    """Around the loading of a folder or hub id: whatever the libraries raise becomes one line. Yields their arguments.
+
+    Without a network the hub's client would try for half a minute, so that is found out first."""
+    path, offline = resolve(name), False
+    try:
+        if not Path(path).exists():
+            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError:
+        offline = True
+    try:
+        yield path, dict(local_files_only=offline)
+    except Exception as error:  # of transformers, tokenizers, safetensors, the hub: they have no common base
+        reason = "not on this disk, and the hub cannot be reached; pass a folder" if offline else str(error).splitlines()[0]
+        raise BadInput(f"cannot load the {what} {name}: {reason}") from None
+
+
 def load_model(name, device=None):
     """(model, tokenizer) of any causal language model, float32, in eval mode, with every dropout set to 0.
 
     name: a folder or a hub id. Only safetensors weights are read and no code from the hub is run.
     Raises BadInput with the reason when that fails."""
-    try:
-        config = AutoConfig.from_pretrained(resolve(name))
+    with loading("model", name) as (path, where):
+        config = AutoConfig.from_pretrained(path, **where)
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             for key, x in vars(part).items():  # the policy that is scored must be the policy that sampled
                 if "drop" in key and isinstance(x, float):
                     setattr(part, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
+                                                            output_loading_info=True, **where)
+        if found["missing_keys"]:  # WARNING  transformers goes on with random numbers in their place
+            raise ValueError(f"no weights for {min(found['missing_keys'])}; is it a causal language model?")
     return model.to(device or default_device()).eval(), tokenizer
 
 
@@ -584,10 +621,8 @@ def load_encoder(name=MINILM, device=None):
         weights = folder / "model.safetensors"
         if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() == MINILM_SHA256:
             name = str(folder)
-    try:
-        return SentenceTransformer(resolve(name), device=device or default_device())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load the encoder {name}: {str(error).splitlines()[0]}") from None
+    with loading("encoder", name) as (path, where):
+        return SentenceTransformer(path, device=device or default_device(), **where)
 
 
 def main(texts):

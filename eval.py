@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.tasks import load_reward, load_rows, normalize
+from data.tasks import check_rows, load_reward, load_rows, normalize
 from dqo import BadInput, Config, embed, gram, load_encoder, load_model, log_det, prompt_ids, sample
 
 
@@ -232,8 +232,8 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     d = Config()
     p.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id; a run folder is one")
-    p.add_argument("--data", default=d.data, help="miniature tasks, or a .jsonl file of prompts (then --reward)")
-    p.add_argument("--reward", help="reward for a .jsonl file: a task's name, or file.py:function")
+    p.add_argument("--data", default=d.data, help="tasks by name, or prompts: a .jsonl file, its https:// address, or a hub dataset")
+    p.add_argument("--reward", help="reward by name, hf:MODEL, or file.py:function [the task's own]")
     p.add_argument("--encoder", default=d.encoder, help="sentence-transformers model")
     p.add_argument("--n", type=int, default=16, help="responses per prompt [16]")
     p.add_argument("--temperature", type=float, default=1.0)
@@ -265,6 +265,7 @@ def compare(args):
             raise BadInput(f"cannot write {path}: no folder {Path(path).resolve().parent}")
     rows = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
     reward = load_reward(args.reward, args.data)
+    check_rows(rows, reward)
     encoder, results, kept = load_encoder(args.encoder), [], []
     for name in args.models:
         model, tokenizer = load_model(name)

@@ -2,23 +2,28 @@
 
     python train.py                                         # the tiny base model on the four miniature tasks, on a CPU
     python train.py --objective grpo --out runs/grpo        # the same without diversity, to compare
-    python train.py --data my.jsonl --reward my.py:score --model data/tiny
+    python train.py --data my.jsonl --reward my.py:score --model HuggingFaceTB/SmolLM2-135M-Instruct
+    python train.py --resume runs/dqo                       # after a crash or Ctrl-C: goes on to the very same weights
 
 Everything that happens in a step is in `dqo.dqo_step`. This file only reads flags, feeds prompts, shows progress and
-writes the run folder, which plain transformers loads (`AutoModelForCausalLM.from_pretrained(folder)`):
+keeps the run folder, which plain transformers loads (`AutoModelForCausalLM.from_pretrained(folder)`):
 
     run.json        the resolved configuration and versions
     metrics.jsonl   a line per step          samples.jsonl   every sampled response with its quality, gain, advantage
+    checkpoints/    the last two: a model folder each, with the state of the optimizer and of the random numbers
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import time
 import typing
@@ -27,11 +32,12 @@ from pathlib import Path
 import sentence_transformers
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import eval as evaluation
-from data.tasks import load_reward, load_rows
-from dqo import BadInput, Config, dqo_step, load_encoder, load_model, prompt_ids
+from data.tasks import check_rows, load_reward, load_rows
+from dqo import BadInput, Config, dqo_step, end_tokens, load_encoder, load_model, prompt_ids
 
 # What the defaults of data/tiny were tuned to, and what any other model gets. A real model needs a small learning rate
 # and a KL penalty to stay fluent; the tiny one, whose rewards are strict, needs neither.
@@ -40,8 +46,9 @@ OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256)
 EVAL_PROMPTS, EVAL_N = 32, 16  # the table at the end: at most so many test prompts per task, so many responses each
 
 
+# ------------------------------------------------------------------------------------------------ configuration
 def parse(argv=None):
-    """Config from the command line: one flag per field."""
+    """Config from the command line: one flag per field. With --resume it comes from the run, but for --steps."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
@@ -53,8 +60,24 @@ def parse(argv=None):
             kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None -> int
             p.add_argument(flag, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
     config = Config(**vars(p.parse_args(argv)))
+    if config.resume:
+        changed = [f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default and f.name not in ("resume", "steps")]
+        if changed:
+            raise BadInput(f"--{changed[0].replace('_', '-')} cannot be given with --resume: everything but --steps is taken from {config.resume}/run.json")
+        config = resumed(config)
     config.check()
     return config
+
+
+def resumed(given):
+    """The configuration of the run to resume."""
+    path = Path(given.resume) / "run.json"
+    try:
+        config = Config(**json.loads(path.read_text())["config"])
+        steps = int(config.steps if given.steps is None else given.steps)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {given.resume}: {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
+    return dataclasses.replace(config, resume=given.resume, out=given.resume, overwrite=False, steps=steps)
 
 
 def fill_defaults(config, prompts):
@@ -65,6 +88,7 @@ def fill_defaults(config, prompts):
             setattr(config, name, value)
 
 
+# ------------------------------------------------------------------------------------- the run folder, checkpoints
 def open_run(config):
     """Create the run folder, or refuse to touch one that holds another run."""
     if config.out is None:
@@ -74,15 +98,98 @@ def open_run(config):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         is_run = (out / "run.json").is_file()
         if not (config.overwrite and is_run):
-            raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it" if is_run else " and is no run folder: name another"))
+            raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it, --resume continues it" if is_run else " and is no run folder: name another"))
         shutil.rmtree(out)
-    try:
+    with explained(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}") from None
+    write_run(out, config)
     return out
 
 
+def write_run(out, config):
+    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+                    sentence_transformers=sentence_transformers.__version__)
+    with explained(f"cannot write to {out}"):
+        write_whole(out / "run.json", json.dumps(dict(config=dataclasses.asdict(config), versions=versions), indent=1))
+
+
+@contextlib.contextmanager
+def explained(what):
+    """A full disk or a missing right becomes one line instead of a traceback."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's errors
+        raise BadInput(f"{what}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
+
+
+def write_whole(path, text):
+    """Write a file so that it is there either as it was or as it should be, whenever the power fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out, step, config, model, tokenizer, optimizer, memory, random_state):
+    """checkpoints/step-N: a model folder, and in state.pt everything else that the next step depends on.
+
+    Written under another name and renamed into place: a folder called step-N is complete, whenever the run is killed."""
+    folder = out / "checkpoints"
+    target, temporary = folder / f"step-{step}", folder / "writing"
+    if target.exists():
+        return
+    with explained(f"cannot save {target}"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save(dict(of=identity(config), optimizer=optimizer.state_dict(), random=random_state, memory=memory), temporary / "state.pt")
+        os.replace(temporary, target)
+        for old in sorted(checkpoints(out))[:-2]:
+            shutil.rmtree(folder / f"step-{old}")
+
+
+def identity(config):
+    """What a checkpoint must share with the run that it is resumed in."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("steps", "out", "overwrite", "resume", "save_every")}
+
+
+def checkpoints(out):
+    """The steps that have one."""
+    return [int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+
+
+def random_state():
+    """Of every generator that a step draws from."""
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                python=random.getstate())  # a reward of the user's own may draw from it
+
+
+def restore(out, step, config, model, optimizer):
+    """Optimizer and random numbers as they were after `step`; returns the memory of `dqo_step`."""
+    path = out / "checkpoints" / f"step-{step}" / "state.pt"
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["of"] != identity(config):
+            raise ValueError("of another run")
+        optimizer.load_state_dict(state["optimizer"])
+        if any(p.shape != x["exp_avg"].shape for p, x in optimizer.state.items()):
+            raise ValueError("of another model")
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available() and state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        random.setstate(state["random"]["python"])
+        return state["memory"]
+    except Exception as error:  # a damaged file raises nearly anything
+        raise BadInput(f"{path} is damaged or of another run ({type(error).__name__}); remove {path.parent} to resume from the one before") from None
+
+
+def cut_log(path, step):
+    """Drop the lines of steps after `step`, which will be run again, and a line that a crash cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+
+
+# --------------------------------------------------------------------------------------------------- the training
 @functools.lru_cache(maxsize=2)
 def order(count, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
@@ -95,69 +202,152 @@ def batch_of(rows, step, prompts, seed):
     return sorted(batch, key=lambda row: len(row["ids"]))  # so that a micro-batch has little padding
 
 
-def show_group(step, samples):
+def learning_rate(config, step):
+    """Constant, then linear to 0 over the second half, to average out the noise."""
+    return config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
+
+
+def show_group(step, samples, metrics):
     """One prompt's group, best advantage first, above the progress bar."""
-    lines = [f"step {step}  {str(samples[0]['prompt'])[-110:]!r}    quality   gain  advantage"]
+    distinct, beyond = len({s["response"] for s in samples}), metrics["beyond_window"]
+    lines = [f"step {step}  {str(samples[0]['prompt'])[-110:]!r}  {distinct} of {len(samples)} distinct"
+             + (f"  ({beyond:.0%} of the step's responses exceed the encoder's window)" if beyond else "") + "\n  quality  gain  advantage"]
     for s in sorted(samples, key=lambda s: -s["advantage"]):
         lines.append(f"    {s['quality']:5.2f}  {s['gain'] + 0.0:6.3f}  {s['advantage']:+6.2f}   {s['response'][:90]!r}")
     tqdm.write("\n".join(lines))
 
 
-def dump(value):
-    """JSON without NaN: a number that was not measured is null."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()})
+def append(path, rows):
+    """Add JSON lines to a log. JSON has no NaN: a number that was not measured is null."""
+    number = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    with explained(f"cannot write {path}"), open(path, "a") as file:
+        file.writelines(json.dumps({k: number(v) for k, v in row.items()}) + "\n" for row in rows)
+
+
+def introduce(config, model, tokenizer, rows, done):
+    """What is about to happen, in full: the resolved configuration and the distribution that is sampled from."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{config.objective} on {config.model} ({parameters:,} parameters, {model.device}), {len(rows)} prompts of {config.data}"
+          + (f", resumed after step {done}" if config.resume else ""))
+    print("  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if k not in ("model", "data", "objective") and v is not None))
+    print(f"sampling: temperature {config.temperature}, full vocabulary (no top-p, no top-k, no penalty), at most {config.max_new_tokens} "
+          f"tokens, ended by {' '.join(map(str, tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer).tolist())))}")
+
+
+def prepare(rows, model, tokenizer, config):
+    """Tokenize the prompts once; the text stays for the reward and the samples."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for row in rows:
+        row["ids"] = prompt_ids(tokenizer, row["prompt"], config.plain)
+        if len(row["ids"]) + config.max_new_tokens > context:
+            raise BadInput(f"{row['where']}: {len(row['ids'])} prompt tokens and --max-new-tokens {config.max_new_tokens} do not fit into the "
+                           f"model's context of {context}; shorten either")
+
+
+def share_beyond_window(encoder, texts):
+    """Share of texts of which the encoder reads only the beginning, because they are longer than its window.
+
+    WARNING  Two long answers that begin alike are then duplicates to the kernel. Watch this with long responses."""
+    window = getattr(encoder, "max_seq_length", None) or math.inf
+    long = [t for t in texts if len(t) > window]  # a token is at least a character, so the others fit
+    return sum(len(ids) > window for ids in encoder.tokenizer(long, truncation=False).input_ids) / len(texts) if long else 0.0
 
 
 def train(config):
-    torch.manual_seed(config.seed)
-    rows = load_rows(config.data, "train", config.limit, config.prompt_key, config.answer_key)
+    """Returns the exit status."""
+    start_from, done = config.model, 0
+    if config.resume:
+        done = max(checkpoints(Path(config.out)), default=None)
+        if done is None:
+            raise BadInput(f"--resume {config.out}: no checkpoint there yet; start again with --overwrite")
+        if config.steps < done:
+            raise BadInput(f"--steps {config.steps}: {config.out} is at step {done} already")
+        start_from = f"{config.out}/checkpoints/step-{done}"
     reward = load_reward(config.reward, config.data)
-    model, tokenizer = load_model(config.model)
+    few = min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS)
+    rows, test_rows = (load_rows(config.data, split, limit, config.prompt_key, config.answer_key)
+                       for split, limit in (("train", config.limit), ("test", few)))
+    check_rows(rows + test_rows, reward)
+    model, tokenizer = load_model(start_from)
     fill_defaults(config, len(rows))
+    prepare(rows + test_rows, model, tokenizer, config)
     encoder = load_encoder(config.encoder)
     reference = load_model(config.model)[0].requires_grad_(False) if config.beta > 0 else None
+    if config.gradient_checkpointing:  # transformers before 5.20 knows it by its old name only
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    for row in rows:  # tokenized once; the text stays for the reward and the samples
-        row["ids"] = prompt_ids(tokenizer, row["prompt"], config.plain)
-    out = open_run(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config.objective} on {config.model} ({parameters:,} parameters, {model.device}), {len(rows)} prompts of {config.data}\n"
-          + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if k not in ("model", "data", "objective") and v is not None))
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-                    sentence_transformers=sentence_transformers.__version__)
-    (out / "run.json").write_text(json.dumps(dict(config=dataclasses.asdict(config), versions=versions), indent=1))
+    if config.resume:
+        out = Path(config.out)
+        memory = restore(out, done, config, model, optimizer)
+        write_run(out, config)  # --steps may be new
+        with explained(f"cannot write to {out}"):
+            cut_log(out / "metrics.jsonl", done)
+            cut_log(out / "samples.jsonl", done)
+    else:
+        out, memory = open_run(config), {}
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        save_checkpoint(out, 0, config, model, tokenizer, optimizer, memory, random_state())
+    introduce(config, model, tokenizer, rows, done)
+    if status := loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, reference, memory):
+        return status
+    with explained(f"cannot save the model to {out}"):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    report(config, reference or load_model(config.model)[0], model, tokenizer, encoder, reward, test_rows)
+    return 0
 
-    start, pace, known = time.time(), None, {}
-    with open(out / "metrics.jsonl", "a") as metrics_file, open(out / "samples.jsonl", "a") as samples_file, \
-            tqdm(total=config.steps, desc=config.objective, dynamic_ncols=True) as bar:
-        for step in range(1, config.steps + 1):
-            began = time.time()
-            for group in optimizer.param_groups:  # constant, then linear to 0 over the second half, to average out the noise
-                group["lr"] = config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
+
+def loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, reference, memory):
+    """The steps after `done`. Returns the exit status: 0, or 128 + the number of the signal that stopped it."""
+    # SIGINT (Ctrl-C) and SIGTERM let the step finish, then save. A second one does what it always does.
+    received, handlers = [], {}
+
+    def remember(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, remember)
+
+    start, pace = time.time(), None
+    with tqdm(total=config.steps, initial=done, desc=config.objective, dynamic_ncols=True) as bar:
+        for step in range(done + 1, config.steps + 1):
+            began, before = time.time(), random_state()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
             batch = batch_of(rows, step, config.prompts, config.seed)
-            metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, known)
-            if len(known) > 50_000:  # 75 MB of embeddings
-                known.clear()
+            try:
+                metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, memory)
+            except BadInput as error:  # raised before the weights were touched: keep what has been learned
+                save_checkpoint(out, step - 1, config, model, tokenizer, optimizer, memory, before)
+                raise BadInput(f"step {step}: {error}; the {step - 1} steps before it are saved in {out}") from None
             samples = metrics.pop("samples")
             metrics["step_s"] = time.time() - began
-            metrics_file.write(dump(dict(step=step, **metrics)) + "\n")
-            samples_file.writelines(dump(dict(step=step, **s)) + "\n" for s in samples)
+            metrics["beyond_window"] = share_beyond_window(encoder, [s["response"] for s in samples])
+            append(out / "metrics.jsonl", [dict(step=step, **metrics)])
+            append(out / "samples.jsonl", [dict(step=step, **s) for s in samples])
             pace = metrics["step_s"] if pace is None else 0.9 * pace + 0.1 * metrics["step_s"]
             bar.set_postfix_str(f"quality {metrics['quality']:.2f}, log det {metrics['log_det']:.2f}, distinct {metrics['distinct']:.2f}, "
                                 f"length {metrics['length']:.1f}, truncated {metrics['truncated']:.2f}, {pace:.2f} s/step", refresh=False)
             bar.update()
             if step == 1 or step % max(1, config.steps // 4) == 0:
-                show_group(step, samples[:config.k])
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    print(f"\ntrained {config.steps} steps in {time.time() - start:.0f} s")
-    base = reference or load_model(config.model)[0]
-    report(config, base, model, tokenizer, encoder, reward)
+                show_group(step, samples[:config.k], metrics)
+            if step % config.save_every == 0 or step == config.steps or received:  # after the logs of the step, see `cut_log`
+                save_checkpoint(out, step, config, model, tokenizer, optimizer, memory, random_state())
+            if received:
+                break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if received and step < config.steps:
+        print(f"\nstopped after step {step}, everything is saved. To go on:\n  python train.py --resume {out}")
+        return 128 + received[0]
+    print(f"\ntrained {config.steps - done} steps in {time.time() - start:.0f} s")
+    return 0
 
 
-def report(config, base, model, tokenizer, encoder, reward):
+def report(config, base, model, tokenizer, encoder, reward, rows):
     """The table base -> trained on the test prompts, and what to type next."""
-    rows = load_rows(config.data, "test", min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS), config.prompt_key, config.answer_key)
     common = dict(tokenizer=tokenizer, encoder=encoder, rows=rows, reward=reward, n=EVAL_N, max_new_tokens=config.max_new_tokens,
                   temperature=config.temperature, plain=config.plain)
     before, after = (evaluation.by_model(evaluation.evaluate(name, m, **common))[name]
@@ -168,21 +358,25 @@ def report(config, base, model, tokenizer, encoder, reward):
         print(f"{b['task']:<12}{b['quality']:>7.2f} -> {a['quality']:.2f}{b['pass_at'][str(EVAL_N)]:>8.2f} -> {a['pass_at'][str(EVAL_N)]:.2f}"
               f"{b['distinct_correct']:>11.1f} -> {a['distinct_correct']:4.1f}{b['self_bleu_diversity']:>9.2f} -> {a['self_bleu_diversity']:.2f}"
               f"{b['log_det']:>9.2f} -> {a['log_det']:5.2f}")
-    data = "" if config.data == Config.data else f" --data {config.data}" + (f" --reward {config.reward}" if config.reward else "")
+    data = "".join(f" --{name} {getattr(config, name)}" for name in ("model", "data", "reward") if getattr(config, name) != getattr(Config, name))
     other = "grpo" if config.objective != "grpo" else "dqo"
     print(f"\nnext, the same without diversity, then both in one picture:\n  python train.py --objective {other} --out runs/{other}-compare{data}"
-          f"\n  python eval.py {config.model} {config.out} runs/{other}-compare{data} --plot plane.png" if other == "grpo" else
+          f"\n  python eval.py {config.model} {config.out} runs/{other}-compare{data.replace(f' --model {config.model}', '')} --plot plane.png" if other == "grpo" else
           f"\nnext, the same with diversity:\n  python train.py{data}")
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input."""
+    """Exit status: 0 done, 2 bad input, 130 or 143 after SIGINT or SIGTERM with everything saved."""
     try:
-        train(parse(argv))
+        return train(parse(argv))
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {str(error).splitlines()[0]} (use a smaller --micro-batch, or --gradient-checkpointing)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
+        return 130
 
 
 if __name__ == "__main__":

@@ -8,19 +8,28 @@ A reward is a plain function of one row and one response:
 write such a function, put it into REWARDS, and put its prompts into data/NAME.jsonl. Or add nothing here and say
 `python train.py --data my.jsonl --reward my.py:function` (see `load_reward` for what that function is given).
 
+Four miniature tasks come with the repository; larger ones (READY) are fetched when asked for, `--data gsm8k`.
+
 WARNING  The reward decides whether diversity is bought with quality. A reward that gives credit to a *part* of a
 response ("contains the right word") pays the model for a right start followed by random text, because random text
-spans volume. Each of the rewards below therefore demands that the whole response be right.
+spans volume. So the miniature tasks demand that the whole response be right, and other rewards say what they overlook.
 """
 
 import ast
 import importlib.util
 import json
+import math
 import re
+import traceback
+import unicodedata
+import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
-from dqo import BadInput
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from dqo import BadInput, default_device, resolve
 
 HERE = Path(__file__).resolve().parent
 
@@ -112,68 +121,388 @@ def reason(row, response):
     return float(re.search(r"\d\D*[+\-*/]\D*\d", expression) is not None and value(expression) == row["answer"])
 
 
-REWARDS = {"instruct": instruct, "summarize": summarize, "story": story, "reason": reason}
-TASKS = list(REWARDS)  # the default of --data: all four in one run
+# ------------------------------------------------------------------------------------------ rewards for real data
+def need(good, what, got):
+    if not good:  # a reward cannot use the answer of a row; `check_rows` finds that out before the run starts
+        raise ValueError(f"this task or reward needs {what}, not {got!r:.60}")
 
 
-# ------------------------------------------------------------------------------------------ loading and scoring
-def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
-    """The prompts as a list of dicts with at least "prompt", "answer" and "task".
-
-    data: miniature tasks by name ("story" or "story,reason"), or the path of a .jsonl file. Rows that name another
-    split than `split` ("train" or "test") are left out; rows without a "split" belong to both.
-    Raises BadInput with file and line."""
-    names, rows = data.split(","), []
-    unknown = [n for n in names if n not in REWARDS]
-    if unknown and len(names) > 1 or unknown and not data.endswith((".jsonl", ".json")):
-        raise BadInput(f"--data {data}: no task {unknown[0]!r}; there are {', '.join(REWARDS)}, or give a .jsonl file")
-    for name in names:
-        path = Path(name) if unknown else HERE / f"{name}.jsonl"
-        rows += [dict(r, task=path.stem) for r in read_jsonl(path, prompt_key, answer_key) if r.get("split", split) == split][:limit or None]
-    if not rows:
-        raise BadInput(f"--data {data}: no prompts for the {split} split")
-    return rows
+# A number as people write it: 72  -3  1,234.50  $18  .5  3/4  1 1/2. A minus counts as a sign only if no number stands
+# before it ("10-5" holds 10 and 5), and a digit inside a word is no number ("H2O").
+NUMBER = re.compile(r"(?P<sign>(?<![\w)])-)?[$€£¥]?(?<![^\W_])(?:(?P<whole>[0-9]{1,9}) (?=[0-9]{1,9}/[0-9]))?"
+                    r"(?P<number>[0-9]+(?:,[0-9]{3}\b)*(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)(?:/(?P<divisor>[0-9]{1,9})(?![0-9]|[.,][0-9]))?")
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces inside are balanced, to depth two
 
 
-def read_jsonl(path, prompt_key, answer_key):
+def final_number(text):
+    """(number, rest): the final answer of a text as an exact Fraction, and the text behind it. (None, "") without one.
+
+    It is the number that follows the last ####, else the one in the last \\boxed{}, else the last number of all. Of an
+    equation behind #### or in a box the right-hand side counts: #### 2 * 36 = 72. Currency, units and % do not matter."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", ",").replace("\\$", "$")
+    text = re.sub(r"(?<=[0-9])\s*(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is 1 1/2, not 11/2
+    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"([=:#{] *)- +(?=[$€£¥]?[0-9])", r"\1-", text)  # "= - 5" is negative, "7 - 5" is not
+    marked, rest = None, ""
+    if "####" in text:
+        marked, _, rest = text.rpartition("####")[2].strip().partition("\n")
+    elif boxes := list(BOXED.finditer(text)):
+        marked, rest = boxes[-1][1], text[boxes[-1].end():]
+    found = list(NUMBER.finditer(text if marked is None else marked.rpartition("=")[2]))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        match = found[-1 if marked is None else 0]
+        number = int(match["whole"] or 0) + Fraction(match["number"].replace(",", "")) / int(match["divisor"] or 1)
+    except (IndexError, ValueError, ZeroDivisionError):  # no number; thousands of digits; 3/0
+        return None, ""
+    return -number if match["sign"] else number, match.string[match.end():] + rest
+
+
+def gold_number(row):
+    number = final_number(str(row["answer"]))[0] if isinstance(row["answer"], (str, int, float)) else None
+    need(number is not None, "a number in the answer", row["answer"])
+    return number
+
+
+def math_answer(row, response):
+    """`math`: 1.0 if the final number of the response is exactly that of the answer, else 0.0.    WARNING  Nothing else
+    is looked at: "#### 72 blah blah" is right. To train for diversity take `math_strict`."""
+    return float(final_number(response)[0] == gold_number(row))
+
+
+def math_strict(row, response):
+    """`math`, but 0.0 if anything except punctuation, space or a currency sign follows; what comes before is free."""
+    number, rest = final_number(response)
+    return float(number == gold_number(row) and all(c.isspace() or unicodedata.category(c)[0] == "P" or c in "$€£¥" for c in rest))
+
+
+def given_numbers(row):
+    """(numbers, target) of a countdown puzzle: `nums` and `target` in the answer, in the row itself or in its `meta`."""
+    holders = [h for h in (row["answer"], row, row.get("meta")) if isinstance(h, dict) and "nums" in h and "target" in h] or [{}]
+    nums, target = holders[0].get("nums"), holders[0].get("target")
+    good = isinstance(nums, list) and nums and all(type(n) is int and n >= 0 for n in nums) and type(target) is int
+    need(good, "nums, a list of whole numbers, and target, a whole number", (nums, target))
+    return sorted(nums), target
+
+
+def countdown(row, response):
+    """1.0 if the response ends with an expression that has the target's value, exactly, and uses every given number once
+    and no other; else 0.0. The expression is what <answer></answer> holds, else the last line, each with or without
+    "Answer:" before it and "= target" on a side. What comes before is not looked at; nothing may come behind."""
+    nums, target = given_numbers(row)
+    text = response.strip().rpartition("\n")[2]
+    if "<answer>" in response:
+        text = (re.findall(r"<answer>([^<]*)</answer>\s*$", response) or [""])[0]
+    text = text.translate(str.maketrans("×÷−", "*/-")).rpartition(":")[2]
+    sides = [side.strip(" \t\n.`$*") for side in text.split("=")]
+    left = [side for side in sides if side != str(target)]  # without "= 24"
+    if len(sides) > 2 or len(left) != 1 or value(left[0]) != target:
+        return 0.0
+    return float(sorted(map(int, re.findall("[0-9]+", left[0]))) == nums)
+
+
+IRREGULAR = [group.split() for group in (  # the commonest in CommonGen
+    "sit sat", "stand stood", "hold held", "run ran", "ride rode", "throw threw", "take took", "eat ate", "wear wore", "drink drank", "catch caught",
+    "go went", "drive drove", "fall fell", "swim swam", "fly flew", "make made", "lie lay lying", "man men", "woman women", "child children")]
+
+
+def forms(word):
+    """A word and its common English inflections; some of these are no words ("sitted"), which does no harm."""
+    found = {word + ending for ending in ("", "s", "es", "d", "ed", "ing", word[-1] + "ed", word[-1] + "ing")}  # stop, stopping
+    if word[-1] in "ey":
+        found |= {word[:-1] + ending for ending in (["ing"] if word[-1] == "e" else ["ies", "ied"])}  # bake, baking; cry, cried
+    return found.union(*(group for group in IRREGULAR if word == group[0]))
+
+
+def given_words(row):
+    """The words a response has to use: the answer, or its "words"; lower case, "hot dog" as two."""
+    words = row["answer"].get("words") if isinstance(row["answer"], dict) else row["answer"]
+    need(isinstance(words, list) and words and all(isinstance(w, str) and w.strip() for w in words), "a list of words as the answer", words)
+    return " ".join(words).lower().split()
+
+
+def coverage(row, response):
+    """1.0 if the response is one sentence of at most 30 words, ended by a full stop, ! or ?, that uses every given word in
+    one of its `forms`; else 0.0.    WARNING  Sense is not looked at: a bare list of the words passes. Keep beta above 0."""
+    words, text = given_words(row), response.strip().lower()
+    used = re.findall(r"\w+(?:-\w+)*", text)
+    return float(bool(re.fullmatch(r"[^.!?\n]+[.!?]", text)) and len(used) <= 30 and all(not forms(word).isdisjoint(used) for word in words))
+
+
+def references(row):
+    """The reference texts: the answer, a text or a list of texts, or its "references"; empty ones are left out."""
+    texts = row["answer"].get("references") if isinstance(row["answer"], dict) else row["answer"]
+    texts = [t for t in (texts if isinstance(texts, list) else [texts]) if isinstance(t, str) and t.strip()]
+    need(texts, "a text, or a list of texts, as the answer", row["answer"])
+    return texts
+
+
+def rouge(row, response):
+    """ROUGE-L F1 of the response against the reference, the best over several: between 0 and 1.    WARNING  It pays little
+    for a good answer other than the one somebody happened to write. `hf:MODEL` judges open-ended tasks better."""
+    from eval import lcs, words  # here, because eval.py imports this file
+    mine = words(response)
+    return max(2 * lcs(mine, r) / (len(mine) + len(r)) for r in map(words, references(row)))
+
+
+TASKS = ["instruct", "summarize", "story", "reason"]  # the miniature tasks, the default of --data: all four in one run
+REWARDS = {"instruct": instruct, "summarize": summarize, "story": story, "reason": reason, "math": math_answer,
+           "math_strict": math_strict, "countdown": countdown, "coverage": coverage, "rouge": rouge}  # all lie in [0, 1]
+
+
+# --------------------------------------------------------------------------------------------- ready real tasks
+# A template makes (prompt, answer) from a row as it is published. Change the wording here; the rewards rely on it.
+def field(row, name, kind=str):
+    need(isinstance(row.get(name), kind) and row[name], f"{name!r}, a {kind.__name__} that is not empty, in the row", row.get(name))
+    return row[name]
+
+
+def gsm8k(row):
+    return f"{field(row, 'question')}\n\nThink step by step. Write the answer, a number alone, on the last line after ####.", field(row, "answer")
+
+
+def commongen(row):
+    words = field(row, "concepts", list)
+    return f"Write one sentence that uses all of these words: {', '.join(map(str, words))}.", {"words": words, "references": [row.get("target")]}
+
+
+def dolly(row):
+    context = row.get("context")
+    return field(row, "instruction") + (f"\n\n{context}" if isinstance(context, str) and context.strip() else ""), field(row, "response")
+
+
+def cnn_dailymail(row):
+    return f"Summarize this article in three or four sentences.\n\n{field(row, 'article')}", field(row, "highlights")
+
+
+def countdown_puzzle(row):
+    nums, target = given_numbers(dict(row, answer=None))
+    return (f"Write an expression that equals {target}. Use each of the numbers {', '.join(map(str, nums))} exactly once, with + - * / and "
+            f"parentheses. Put the expression alone on the last line."), {"nums": nums, "target": target}
+
+
+READY = {  # task: template, reward, published source, name of its test split; None: there is one split, see `load_rows`
+    "gsm8k": (gsm8k, "math_strict", "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl", "test"),
+    "commongen": (commongen, "coverage", "allenai/common_gen", "validation"),  # its test split has no references
+    "dolly": (dolly, "rouge", "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl", None),
+    "cnn_dailymail": (cnn_dailymail, "rouge", "abisee/cnn_dailymail:3.0.0", "test"),
+    "countdown": (countdown_puzzle, "countdown", "Jiayi-Pan/Countdown-Tasks-3to4", None),
+}
+
+
+# ------------------------------------------------------------------------------------------------ loading prompts
+def sources(data):
+    """What --data names, as [(task, source)]; the task of a plain file, address or hub id is None."""
+    named = [part.partition(":")[::2] for part in data.split(",")]
+    if all(task in TASKS and not source or task in READY for task, source in named):
+        return [(task, source or (str(HERE / f"{task}.jsonl") if task in TASKS else READY[task][2])) for task, source in named]
+    return [(None, data)]
+
+
+def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
+    """The prompts as a list of dicts with at least "prompt", "answer", "task" and "where" (file and line, for messages).
+
+    data: tasks by name, separated by commas: miniature (`story`), real as published (`gsm8k`), or real from another source
+    in the published format (`gsm8k:SOURCE`); or one SOURCE of your own, whose prompts and answers prompt_key and answer_key
+    name. A SOURCE is a .jsonl file, the https:// address of one, or a dataset of the Hugging Face hub (`openai/gsm8k:main`,
+    a configuration after the colon). {split} in it stands for train or test: `gsm8k:my/{split}.jsonl`.
+    Rows that name another split than `split` ("train" or "test") are left out. Rows without a "split" belong to both; only
+    of a task that is published without a test split every 20th row is kept for testing. Raises BadInput."""
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict) or prompt_key not in row:
-            raise BadInput(f"{path}, line {number}: no {prompt_key!r} in this row; name the right key with --prompt-key")
-        prompt = row[prompt_key]
-        messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m and "content" in m for m in prompt)
-        if not messages and not (isinstance(prompt, str) and prompt.strip()):
-            raise BadInput(f"{path}, line {number}: {prompt_key!r} must be text or a list of chat messages, and not empty")
-        rows.append({**row, "prompt": prompt, "answer": row.get(answer_key)})
+    for task, source in sources(data):
+        template, _, _, test_split = READY.get(task, (lambda row: own_prompt(row, prompt_key, answer_key), None, None, "test"))
+        stored_as = (test_split or "train") if split == "test" else split
+        mine = {}  # by prompt in a real task, because CommonGen has a row for every reference of a prompt
+        for i, (where, row) in enumerate(read(source.replace("{split}", stored_as), stored_as, limit, task)):
+            try:
+                prompt, answer = template(row)
+            except ValueError as error:
+                raise BadInput(f"{where}: {error}") from None
+            held_out = test_split is None and "split" not in row and (i % 20 == 0) != (split == "test")
+            key = prompt if task in READY else i
+            if row.get("split", split) != split or held_out:
+                continue
+            if key in mine and task == "commongen":
+                mine[key]["answer"]["references"] += answer["references"]
+            elif limit and len(mine) == limit:
+                break
+            else:
+                mine.setdefault(key, {**row, "prompt": prompt, "answer": answer, "task": task or Path(source).stem, "where": where})
+        rows += mine.values()
+        if not mine:
+            raise BadInput(f"--data {data}: no prompts for the {split} split")
     return rows
 
 
-def load_reward(reward, data):
-    """function(prompts, responses, rows) -> list of floats: scores any mixture of rows.
+def own_prompt(row, prompt_key, answer_key):
+    """The template of your own rows. Half of a character (a lone surrogate) is refused: no tokenizer takes it."""
+    if prompt_key not in row:
+        raise ValueError(f"no {prompt_key!r} in this row; name the right key with --prompt-key")
+    messages = row[prompt_key] if isinstance(row[prompt_key], list) else [{"role": "user", "content": row[prompt_key]}]
+    texts = [isinstance(m, dict) and "role" in m and m.get("content") for m in messages]
+    if not texts or not all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in texts):
+        raise ValueError(f"{prompt_key!r} must be text or a list of chat messages, and not empty")
+    return row[prompt_key], row.get(answer_key)
 
-    reward: None (each miniature task has its own), the name of one, or `file.py:function` with that same signature."""
+
+def read(source, split, limit, task):
+    """Yields (where, row) for each row of a source."""
+    instead = f"pass --data {task + ':' if task else ''}FILE.jsonl"
+    if re.match("https?://", source):
+        lines = download(source, instead)
+    elif source.endswith((".jsonl", ".json")) or Path(source[:250]).exists():
+        try:
+            lines = Path(resolve(source)).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--data {source}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        return (yield from from_hub(source, split, limit, instead))
+    else:
+        raise BadInput(f"--data {source:.80}: no such task or file; there are {', '.join([*TASKS, *READY])}, or give a .jsonl file, "
+                       f"its https:// address, or a hub dataset OWNER/NAME")
+    # WARNING  str.splitlines() would also split at U+2028, which may stand inside a JSON text and does in real data
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{source}, line {number}: not JSON ({error})") from None
+            yield f"{source}, line {number}", row if isinstance(row, dict) else {}  # in {} the prompt will be missed
+
+
+def download(url, instead):
+    """The lines of a text on the web. Nothing is kept on disk."""
+    try:
+        if not url.startswith("https://"):
+            raise ValueError("what comes over http:// may have been changed on its way; use https://")
+        with urllib.request.urlopen(url, timeout=30) as answer:  # 30 seconds without a byte
+            return answer.read().decode("utf-8-sig").split("\n")
+    except Exception as error:  # of DNS, TLS, HTTP, a timeout, an encoding
+        raise BadInput(f"--data {url}: no download ({error or type(error).__name__}); fetch it yourself and {instead}") from None
+
+
+def from_hub(source, split, limit, instead):
+    """Rows of a hub dataset, if the `datasets` package is there. With a limit they are streamed: no full download."""
+    try:
+        from datasets import load_dataset
+        for number, row in enumerate(load_dataset(*source.split(":"), split=split, streaming=bool(limit)), 1):
+            yield f"{source} ({split}), row {number}", row
+    except ImportError:
+        raise BadInput(f"--data {source}: a hub dataset needs one more package: pip install datasets; or download a .jsonl file and {instead}") from None
+    except Exception as error:  # it raises errors of many libraries: hub, network, parquet
+        raise BadInput(f"--data {source}, split {split}: {why(error)}; or {instead}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- scoring
+def load_reward(reward, data):
+    """function(prompts, responses, rows) -> list of floats: scores any mixture of rows, and checks the scores.
+
+    reward: None (each task has its own), the name of one (REWARDS), `hf:MODEL`, or `file.py:function` with that signature.
+    It has the attributes `range`, (low, high) if all scores lie there, and `check_row`, see `check_rows`, or None. In your
+    file say `function.range = (0, 1)`."""
     if reward is None or reward in REWARDS:
-        if reward is None and any(name not in REWARDS for name in data.split(",")):
-            raise BadInput(f"--data {data} needs --reward: a name ({', '.join(REWARDS)}) or file.py:function")
-        return lambda prompts, responses, rows: [REWARDS[reward or row["task"]](row, text) for row, text in zip(rows, responses)]
+        own = {task: READY[task][1] if task in READY else task for task, _ in sources(data)}
+        if reward is None and None in own:
+            raise BadInput(f"--data {data} needs --reward: a name ({', '.join(REWARDS)}), hf:MODEL or file.py:function")
+        one = lambda row, response="": REWARDS[reward or own[row["task"]]](row, response)
+        score = lambda prompts, responses, rows: list(map(one, rows, responses))
+        score.range, score.check_row = (0.0, 1.0), one  # to score anything, even nothing, it has to read the answer
+    else:
+        score = reward_model(reward[3:]) if reward.startswith("hf:") else function_in(reward)
+
+    def scored(prompts, responses, rows):
+        try:
+            scores = score(prompts, responses, rows)
+            scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)  # a tensor or an array will do too
+        except Exception as error:
+            for case in zip(prompts, responses, rows) if len(rows) > 1 else ():
+                scored(*([x] for x in case))  # which one is it? The message comes from here
+            raise BadInput(f"{about(reward, prompts[0], responses[0])}: {why(error)}") from None
+        return check_scores(scores, prompts, responses, reward, scored.range)
+    scored.range, scored.check_row = getattr(score, "range", None), getattr(score, "check_row", None)
+    return scored
+
+
+def check_rows(rows, reward):
+    """Stop before the run starts, with file and line, if the reward cannot use an answer: reward.check_row(row) raises."""
+    for row in rows if getattr(reward, "check_row", None) else ():
+        try:
+            reward.check_row(row)
+        except Exception as error:
+            raise BadInput(f"{row['where']}: {error if isinstance(error, ValueError) else why(error)}") from None
+
+
+def check_scores(scores, prompts, responses, name, range=None):
+    """One finite number per response, within the declared range, as a list of floats. A NaN would spread to every weight of
+    the model in one step, and a wrong count would pay responses for each other's work."""
+    if len(scores) != len(responses):
+        raise BadInput(f"{about(name, prompts[0], responses[0])} and others: {len(scores)} values for {len(responses)} responses")
+    for score, prompt, response in zip(scores, prompts, responses):
+        try:
+            good = not isinstance(score, str) and abs(float(score)) < 1e30
+        except Exception:
+            good = False  # None, a list, a tensor with many entries, an integer with a thousand digits
+        if not good or range and not range[0] <= score <= range[1]:
+            wanted = f"in its declared range {range[0]} to {range[1]}" if good else "a finite number below 1e30"
+            raise BadInput(f"{about(name, prompt, response)}: {score!r:.40} is not {wanted}")
+    return [float(score) for score in scores]
+
+
+def about(name, prompt, response):
+    return f"the reward {name or 'of the task'} on the prompt {prompt!r:.80} and the response {response!r:.80}"
+
+
+def why(error):
+    """An error of somebody else's code in one line: kind, first line of the message, and where."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({Path(at.filename).name}, line {at.lineno})"
+
+
+def function_in(reward):
     path, _, name = reward.rpartition(":")
-    if not path.endswith(".py"):
-        raise BadInput(f"--reward {reward}: no such reward; there are {', '.join(REWARDS)}, or give file.py:function")
-    if not Path(path).is_file():
-        raise BadInput(f"--reward {reward}: no file {path}")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise BadInput(f"--reward {reward}: no such reward or file; there are {', '.join(REWARDS)}, hf:MODEL and file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"--reward {reward}: importing {path} failed: {why(error)}") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {reward}: {path} defines no function {name!r}")
     return getattr(module, name)
+
+
+def reward_model(name, batch=16):
+    """`hf:MODEL`: the score that a sequence-classification model with one output gives to prompt and response, read as a
+    conversation through its chat template, or without one as a pair of texts. Unbounded. Safetensors only, no hub code."""
+    try:  # in bfloat16 on a GPU: it is not trained, and half the memory will do
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False, padding_side="right")
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            resolve(name), dtype=torch.bfloat16 if default_device() == "cuda" else torch.float32,
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"--reward hf:{name}: cannot load it: {str(error).splitlines()[0]}") from None
+    # WARNING  transformers gives a plain language model a *random* head here, with no more than a log message
+    if loading["missing_keys"] or model.config.num_labels != 1:
+        raise BadInput(f"--reward hf:{name} is no reward model: it needs a trained classification head with one output")
+    model = model.to(default_device()).eval()
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10 ** 6)
+    # The score is read off the last token that is not padding. A model without a padding token is given one row at a time.
+    size = batch if tokenizer.pad_token_id is not None and model.config.pad_token_id is not None else 1
+
+    def encode(prompt, response):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not tokenizer.chat_template:
+            return dict(tokenizer("\n".join(m["content"] for m in messages), response, truncation=True, max_length=longest))
+        ids = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=False)
+        return {"input_ids": ids[-longest:]}  # if it is too long, the end counts: the response
+
+    @torch.no_grad()
+    def score(prompts, responses, rows):
+        encoded, scores = [encode(*pair) for pair in zip(prompts, responses)], []
+        for i in range(0, len(encoded), size):
+            inputs = tokenizer.pad(encoded[i:i + size], padding=size > 1, return_tensors="pt").to(model.device)
+            scores += model(**inputs).logits[:, 0].float().tolist()
+        return scores
+    score.range = (-math.inf, math.inf)
+    return score

@@ -121,13 +121,13 @@ def test_run_folders_are_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = train.open_run(Config())
     assert str(first) == "runs/dqo"
-    (first / "run.json").write_text("{}")
+    (first / "kept").write_text("{}")
     assert str(train.open_run(Config())) == "runs/dqo-2"
     with pytest.raises(BadInput, match="--overwrite"):
         train.open_run(Config(out="runs/dqo"))
-    assert (first / "run.json").exists()
+    assert (first / "kept").exists() and (first / "run.json").exists()
     train.open_run(Config(out="runs/dqo", overwrite=True))
-    assert not (first / "run.json").exists()
+    assert not (first / "kept").exists()
 
 
 def test_every_option_is_a_flag():
@@ -153,3 +153,10 @@ def test_embedded_models():
     assert len(set(sample(model, tokenizer, ["make 24"], 16, 24).texts)) > 8  # diverse
     phi = load_encoder().encode(["A man is eating food.", "A man is eating a piece of bread.", "A cheetah is running."], normalize_embeddings=True)
     assert phi.shape == (3, 384) and phi[0] @ phi[1] > 0.6 > 0.3 > phi[0] @ phi[2]  # it knows meanings
+
+
+def test_share_beyond_the_encoders_window():
+    encoder = load_encoder()
+    window = encoder.max_seq_length
+    assert train.share_beyond_window(encoder, ["a cat", "cat " * (window - 2), "cat " * (window - 1), "cat " * 999]) == 0.5  # start and end token count
+    assert train.share_beyond_window(object(), ["x" * 10 ** 6]) == 0.0  # an encoder without a window
