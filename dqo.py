@@ -570,23 +570,24 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def offline():
+    """Whether the hub cannot be reached. Asked first, because its own client would go on trying for half a minute."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)  # that would be an answer
+    return False
+
+
 @contextlib.contextmanager
 def loading(what, name):
-    """Around the loading of a folder or hub id: whatever the libraries raise becomes one line. Yields their arguments.
-
-    Without a network the hub's client would try for half a minute, so that is found out first."""
-    path, offline = resolve(name), False
+    """Around the loading of a folder or hub id: whatever the libraries raise becomes one line. Yields their arguments."""
+    path = resolve(name)
+    lost = not Path(path).exists() and offline()
     try:
-        if not Path(path).exists():
-            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError:
-        offline = True
-    try:
-        yield path, dict(local_files_only=offline)
+        yield path, dict(local_files_only=lost)  # it may be in the cache of an earlier download
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub: they have no common base
-        reason = "not on this disk, and the hub cannot be reached; pass a folder" if offline else str(error).splitlines()[0]
+        reason = "not on this disk, and the hub cannot be reached; pass a folder" if lost else str(error).splitlines()[0]
         raise BadInput(f"cannot load the {what} {name}: {reason}") from None
 
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.tasks import check_rows, load_reward, load_rows, normalize
-from dqo import BadInput, Config, embed, gram, load_encoder, load_model, log_det, prompt_ids, sample
+from dqo import BadInput, Config, embed, gram, load_encoder, load_model, log_det, prompt_ids, sample, token_logps
 
 
 # ------------------------------------------------------------------------------------------------- the metrics
@@ -132,9 +132,10 @@ def mean_and_se(values):
 
 
 # ----------------------------------------------------------------------------------------------- the evaluation
-def evaluate(name, model, tokenizer, encoder, rows, reward, n, max_new_tokens, temperature=1.0, seed=0, plain=False, keep=None):
+def evaluate(name, model, tokenizer, encoder, rows, reward, n, max_new_tokens, temperature=1.0, seed=0, plain=False, keep=None, judge=None):
     """Sample n responses for each row and measure them. One result (the object of --json) per task, in order.
-    keep: a list that receives {model, task, prompt, response, quality} of every response."""
+    keep: a list that receives {model, task, prompt, response, quality} of every response.
+    judge: a model, of the same tokenizer, whose mean negative log-likelihood per token is reported as `nll`: fluency."""
     torch.manual_seed(seed)
     groups = {}
     batch = max(1, 256 // n)
@@ -149,6 +150,9 @@ def evaluate(name, model, tokenizer, encoder, rows, reward, n, max_new_tokens, t
             s = slice(j * n, (j + 1) * n)
             metrics = group_metrics(rollout.texts[s], scores[s], phi[s])
             metrics.update(mean_tokens=sum(length[s]) / n, truncated=sum(cut[s]) / n)
+            if judge is not None:
+                with torch.no_grad():
+                    metrics["nll"] = -token_logps(judge, rollout.rows(s)).sum().item() / sum(length[s])
             groups.setdefault(row["task"], []).append(metrics)
             if keep is not None:
                 keep += [dict(model=name, task=row["task"], prompt=row["prompt"], response=t, quality=q)
@@ -179,16 +183,16 @@ def by_model(results):
 
 LABELS = dict(quality="quality", pass_at="pass@", max_at="max@", distinct_correct="distinct correct", distinct_1="distinct-1",
               distinct_4="distinct-4", self_bleu_diversity="1 - self-BLEU", self_rouge_diversity="1 - self-ROUGE-L",
-              cosine_distance="cosine distance", vendi="Vendi score", log_det="log det", mean_tokens="tokens", truncated="truncated")
+              cosine_distance="cosine distance", vendi="Vendi score", log_det="log det", mean_tokens="tokens", truncated="truncated", nll="nll under the judge")
 
 
 def table(results):
     """A block per task: metrics down, models across."""
     models, lines = by_model(results), []
-    width = max(15, max(map(len, models)) + 2)
+    width = max(15, min(30, max(map(len, models)) + 2))
     for i, first in enumerate(next(iter(models.values()))):
-        lines.append(f"\n{first['task']}: {first['prompts']} prompts x {first['n']} responses".ljust(45) + "".join(m.rjust(width) for m in models))
-        for key, label in LABELS.items():
+        lines.append(f"\n{first['task']}: {first['prompts']} prompts x {first['n']} responses".ljust(45) + "".join(m[-28:].rjust(width) for m in models))
+        for key, label in ((k, v) for k, v in LABELS.items() if k in first):
             cells = [(r[i][key], r[i]["se"][key]) for r in models.values()]
             sizes = list(cells[0][0]) if isinstance(cells[0][0], dict) else [None]
             for m in sizes if key == "pass_at" else sizes[-1:]:
@@ -243,6 +247,7 @@ def flags():
     p.add_argument("--plain", action="store_true", help="no chat template")
     p.add_argument("--prompt-key", default=d.prompt_key)
     p.add_argument("--answer-key", default=d.answer_key)
+    p.add_argument("--judge", metavar="MODEL", help="also report the mean negative log-likelihood per token under this model (fluency)")
     p.add_argument("--json", metavar="FILE", help="write the results")
     p.add_argument("--samples", metavar="FILE", help="write every response with its quality, one JSON object per line")
     p.add_argument("--plot", metavar="FILE.png", help="quality-diversity plane and pass@n curves")
@@ -267,10 +272,13 @@ def compare(args):
     reward = load_reward(args.reward, args.data)
     check_rows(rows, reward)
     encoder, results, kept = load_encoder(args.encoder), [], []
+    judge = load_model(args.judge)[0] if args.judge else None
     for name in args.models:
         model, tokenizer = load_model(name)
+        if judge is not None and judge.get_input_embeddings().num_embeddings != model.get_input_embeddings().num_embeddings:
+            raise BadInput(f"--judge {args.judge}: its vocabulary is not that of {name}")
         results += evaluate(name, model, tokenizer, encoder, rows, reward, args.n, args.max_new_tokens or default_max_new_tokens(name),
-                            args.temperature, args.seed, args.plain, kept)
+                            args.temperature, args.seed, args.plain, kept, judge)
     print(table(results))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))

@@ -26,7 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data.tasks import ADJECTIVES, ADVERBS, BOUGHT, PREPOSITIONS, SUBJECTS, STORY_PLACES, VERBS, WEATHER  # noqa: E402
+from data.tasks import ADJECTIVES, ADVERBS, BOUGHT, PREPOSITIONS, SUBJECTS, STORY_PLACES, VERBS  # noqa: E402
+
+WEATHER = {"rain": "it rained all day", "cold": "it was very cold", "wind": "there was a strong wind", "heat": "the sun was burning",
+           "crowd": "the streets were full"}
 
 SEED, STEPS, LR = 0, 1500, 3e-3
 SHARE = {"instruct": 12, "summarize": 56, "story": 12, "reason": 64}  # responses per task and step: more for the harder

@@ -5,10 +5,8 @@ A reward is a plain function of one row and one response:
     def reward(row: dict, response: str) -> float      # 1.0 right, 0.0 wrong, or anything in between
 
 `row` is the whole JSON object of the prompt, so that `row["answer"]` can be anything the reward needs. To add a task,
-write such a function, put it into REWARDS, and put its prompts into data/NAME.jsonl. Or add nothing here and say
+write such a function, put it into REWARDS, and put its prompts into data/NAME.jsonl, or a template into READY. Or add nothing here and say
 `python train.py --data my.jsonl --reward my.py:function` (see `load_reward` for what that function is given).
-
-Four miniature tasks come with the repository; larger ones (READY) are fetched when asked for, `--data gsm8k`.
 
 WARNING  The reward decides whether diversity is bought with quality. A reward that gives credit to a *part* of a
 response ("contains the right word") pays the model for a right start followed by random text, because random text
@@ -29,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dqo import BadInput, default_device, resolve
+from dqo import BadInput, default_device, loading, offline, resolve
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,10 +51,6 @@ def instruct(row, response):
 
 
 BOUGHT = ["bought", "got", "purchased"]  # most popular first, as in all lists here (make_tiny.py draws by rank)
-
-
-WEATHER = {"rain": "it rained all day", "cold": "it was very cold", "wind": "there was a strong wind", "heat": "the sun was burning",
-           "crowd": "the streets were full"}
 
 
 def summarize(row, response):
@@ -290,6 +284,9 @@ READY = {  # task: template, reward, published source, name of its test split; N
 
 
 # ------------------------------------------------------------------------------------------------ loading prompts
+HUB_ID = re.compile(r"(?!.*\.jsonl?$)[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
 def sources(data):
     """What --data names, as [(task, source)]; the task of a plain file, address or hub id is None."""
     named = [part.partition(":")[::2] for part in data.split(",")]
@@ -310,6 +307,8 @@ def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
     rows = []
     for task, source in sources(data):
         template, _, _, test_split = READY.get(task, (lambda row: own_prompt(row, prompt_key, answer_key), None, None, "test"))
+        if task is None and HUB_ID.fullmatch(source) and not Path(source).exists():
+            test_split = min({"test", "validation"} & set(hub(source)), default=None)
         stored_as = (test_split or "train") if split == "test" else split
         mine = {}  # by prompt in a real task, because CommonGen has a row for every reference of a prompt
         for i, (where, row) in enumerate(read(source.replace("{split}", stored_as), stored_as, limit, task)):
@@ -347,20 +346,25 @@ def own_prompt(row, prompt_key, answer_key):
 def read(source, split, limit, task):
     """Yields (where, row) for each row of a source."""
     instead = f"pass --data {task + ':' if task else ''}FILE.jsonl"
-    if re.match("https?://", source):
-        lines = download(source, instead)
-    elif source.endswith((".jsonl", ".json")) or Path(source[:250]).exists():
-        try:
-            lines = Path(resolve(source)).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"--data {source}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-        return (yield from from_hub(source, split, limit, instead))
-    else:
+    web = re.match("https?://", source)
+    if not web and not source.endswith((".jsonl", ".json")) and not Path(source[:250]).exists():
+        if HUB_ID.fullmatch(source):
+            return (yield from hub(source, limit, split, instead))
         raise BadInput(f"--data {source:.80}: no such task or file; there are {', '.join([*TASKS, *READY])}, or give a .jsonl file, "
                        f"its https:// address, or a hub dataset OWNER/NAME")
+    try:
+        if not web:
+            text = Path(resolve(source)).read_text(encoding="utf-8-sig")
+        elif source.startswith("http:"):
+            raise ValueError("what comes over http:// may have been changed on its way; use https://")
+        else:
+            with urllib.request.urlopen(source, timeout=30) as answer:  # 30 seconds without a byte
+                text = answer.read().decode("utf-8-sig")
+    except Exception as error:  # of the disk, DNS, TLS, HTTP, a timeout, an encoding
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadInput(f"--data {source}: {reason}" + (f"; fetch it yourself and {instead}" if web else "")) from None
     # WARNING  str.splitlines() would also split at U+2028, which may stand inside a JSON text and does in real data
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -369,27 +373,21 @@ def read(source, split, limit, task):
             yield f"{source}, line {number}", row if isinstance(row, dict) else {}  # in {} the prompt will be missed
 
 
-def download(url, instead):
-    """The lines of a text on the web. Nothing is kept on disk."""
+def hub(source, limit=0, split=None, instead="pass FILE.jsonl"):
+    """Yields (where, row) of a split of a hub dataset; without a split, the names of its splits. Needs the `datasets` package."""
     try:
-        if not url.startswith("https://"):
-            raise ValueError("what comes over http:// may have been changed on its way; use https://")
-        with urllib.request.urlopen(url, timeout=30) as answer:  # 30 seconds without a byte
-            return answer.read().decode("utf-8-sig").split("\n")
-    except Exception as error:  # of DNS, TLS, HTTP, a timeout, an encoding
-        raise BadInput(f"--data {url}: no download ({error or type(error).__name__}); fetch it yourself and {instead}") from None
-
-
-def from_hub(source, split, limit, instead):
-    """Rows of a hub dataset, if the `datasets` package is there. With a limit they are streamed: no full download."""
-    try:
-        from datasets import load_dataset
-        for number, row in enumerate(load_dataset(*source.split(":"), split=split, streaming=bool(limit)), 1):
-            yield f"{source} ({split}), row {number}", row
+        from datasets import get_dataset_split_names, load_dataset
+        if offline():
+            raise ConnectionError("the hub cannot be reached")
+        if split is None:
+            yield from get_dataset_split_names(*source.split(":"))
+        else:  # with a limit it is streamed: no full download
+            for number, row in enumerate(load_dataset(*source.split(":"), split=split, streaming=bool(limit)), 1):
+                yield f"{source} ({split}), row {number}", row
     except ImportError:
         raise BadInput(f"--data {source}: a hub dataset needs one more package: pip install datasets; or download a .jsonl file and {instead}") from None
     except Exception as error:  # it raises errors of many libraries: hub, network, parquet
-        raise BadInput(f"--data {source}, split {split}: {why(error)}; or {instead}") from None
+        raise BadInput(f"--data {source}: {why(error)}; {instead}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- scoring
@@ -475,16 +473,13 @@ def function_in(reward):
 def reward_model(name, batch=16):
     """`hf:MODEL`: the score that a sequence-classification model with one output gives to prompt and response, read as a
     conversation through its chat template, or without one as a pair of texts. Unbounded. Safetensors only, no hub code."""
-    try:  # in bfloat16 on a GPU: it is not trained, and half the memory will do
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False, padding_side="right")
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            resolve(name), dtype=torch.bfloat16 if default_device() == "cuda" else torch.float32,
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"--reward hf:{name}: cannot load it: {str(error).splitlines()[0]}") from None
-    # WARNING  transformers gives a plain language model a *random* head here, with no more than a log message
-    if loading["missing_keys"] or model.config.num_labels != 1:
-        raise BadInput(f"--reward hf:{name} is no reward model: it needs a trained classification head with one output")
+    with loading("reward model", name) as (path, where):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", **where)
+        model, found = AutoModelForSequenceClassification.from_pretrained(  # half the memory: it is not trained
+            path, dtype=torch.bfloat16 if default_device() == "cuda" else torch.float32, use_safetensors=True, output_loading_info=True, **where)
+        # WARNING  transformers gives a plain language model a *random* head here, with no more than a log message
+        if found["missing_keys"] or model.config.num_labels != 1:
+            raise ValueError("it needs a trained classification head with one output")
     model = model.to(default_device()).eval()
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10 ** 6)
     # The score is read off the last token that is not padding. A model without a padding token is given one row at a time.

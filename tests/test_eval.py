@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import eval as ev
+from conftest import random_llama
+from dqo import sample
 
 
 @pytest.mark.parametrize("correct", [[], [0], [1, 3], [0, 1, 2, 4], [0, 1, 2, 3, 4, 5]])
@@ -117,3 +119,27 @@ def test_table_and_average_and_plot(tmp_path):
     ev.plot(results, tmp_path / "plane.png")
     assert (tmp_path / "plane.png").stat().st_size > 10_000
     json.dumps(results)
+
+
+def test_nll_under_the_judge(model, tokenizer):
+    """The responses of one model scored by another, against cross-entropy one response at a time."""
+    judge, rows = random_llama(40, seed=1), [dict(prompt="w5 w6", task="a"), dict(prompt="w7", task="a")]
+    kept = []
+    [result] = ev.evaluate("m", model, tokenizer, WordCounts(), rows, lambda p, t, r: [0.0] * len(t), 3, 6, judge=judge, keep=kept)
+    torch.manual_seed(0)
+    rollout = sample(model, tokenizer, ["w5 w6", "w7"], 3, 6)
+    assert [s["response"] for s in kept] == rollout.texts
+    per_group = []
+    for i in (0, 3):
+        losses = []
+        for j in range(i, i + 3):
+            real = rollout.attention_mask[j].bool()
+            ids, n = rollout.tokens[j][real], int(rollout.mask[j].sum())
+            losses.append(F.cross_entropy(judge(ids[None]).logits[0, -n - 1:-1], ids[-n:], reduction="none"))
+        per_group.append(torch.cat(losses).mean().item())
+    assert result["nll"] == pytest.approx(sum(per_group) / 2, abs=1e-4)
+
+
+class WordCounts:
+    def encode(self, texts):
+        return torch.tensor([[1.0, *(t.split().count(f"w{i}") for i in range(3, 40))] for t in texts])

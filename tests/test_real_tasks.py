@@ -153,7 +153,7 @@ def test_files(tmp_path):
     rows = tasks.load_rows(str(tmp_path / "a.jsonl"), "train")  # a byte order mark, Windows line ends, and U+2028 within a text
     assert [r["prompt"] for r in rows] == ["one\u2028two"] * 2 and rows[1]["where"].endswith("a.jsonl, line 3") and rows[0]["task"] == "a"
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    for bad, message in [(f"{tmp_path}/b.jsonl", "UTF-8"), (str(tmp_path), "directory"), (f"{tmp_path}/no.jsonl", "No such file"), ("a" * 5000, "no such task"), ("", "directory"),
+    for bad, message in [(f"{tmp_path}/b.jsonl", "utf-8"), (str(tmp_path), "directory"), (f"{tmp_path}/no.jsonl", "No such file"), ("a" * 5000, "no such task"), ("", "directory"),
                          ("gsm9k", "gsm8k"), ("story:x", "no such task"), ("gsm8k:nothing", "no such task"), ("gsm8k,nothing", "no such task"), ("gsm8k:no.jsonl", "No such file"), ("a" * 5000 + ".jsonl", "too long")]:
         with pytest.raises(BadInput, match=message) as error:
             tasks.load_rows(bad, "train")
@@ -191,7 +191,7 @@ def test_https(monkeypatch):
             tasks.load_rows("gsm8k", "train")
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"\xff\xfe<html>"))
-    with pytest.raises(BadInput, match="no download"):
+    with pytest.raises(BadInput, match="fetch it yourself"):
         tasks.load_rows("https://a.b/c.jsonl", "train")
 
 
@@ -203,15 +203,26 @@ def test_hub_datasets(monkeypatch):
         if split not in ("train", "validation", "test"):
             raise ValueError(f"Unknown split {split}\nmore")
         return [{"prompt": "one", "answer": "1", **PUBLISHED["commongen"][0]}]
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    splits = ["train", "validation", "test"]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda *name: splits))
+    monkeypatch.setattr(tasks, "offline", lambda: False)
     assert tasks.load_rows("owner/some-set:main", "train")[0]["answer"] == "1" and asked[-1] == ("owner/some-set", "main", "train", False)
     assert tasks.load_rows("owner/some-set", "test", limit=3)[0]["where"] == "owner/some-set (test), row 1" and asked[-1] == ("owner/some-set", None, "test", True)
     assert tasks.load_rows("commongen", "test")[0]["answer"]["words"] and asked[-1][0] == "allenai/common_gen" and asked[-1][2] == "validation"
     assert tasks.load_rows("commongen:my/copy:x", "train") and asked[-1] == ("my/copy", "x", "train", False)
     with pytest.raises(BadInput, match="line 1|row 1"):
         tasks.load_rows("owner/some-set", "train", prompt_key="q")
-    with pytest.raises(BadInput, match="Unknown split dev .*pass --data FILE.jsonl"):
-        tasks.load_rows("owner/some-set", "dev")
+    splits[:] = ["train"]  # every 20th row is the test
+    assert tasks.load_rows("owner/some-set", "test") and asked[-1][2] == "train"
+    with pytest.raises(BadInput, match="no prompts for the train split"):
+        tasks.load_rows("owner/some-set", "train")
+    splits[:] = ["train", "validation"]
+    assert tasks.load_rows("owner/some-set", "test") and asked[-1][2] == "validation"
+    splits[:] = ["dev", "test"]
+    monkeypatch.setattr(tasks, "offline", lambda: True)
+    with pytest.raises(BadInput, match="the hub cannot be reached.*pass"):
+        tasks.load_rows("owner/some-set", "train")
+    monkeypatch.setattr(tasks, "offline", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match="pip install datasets"):
         tasks.load_rows("owner/some-set", "train")
@@ -333,7 +344,7 @@ def test_what_is_no_reward_model(tmp_path):
     save_reward_model(tmp_path / "two", labels=2)
     random_llama(40, num_labels=1).save_pretrained(tmp_path / "lm")  # its head would be random
     word_tokenizer(WORDS, pad_token="<pad>").save_pretrained(tmp_path / "lm")
-    for name, message in [("two", "no reward model"), ("lm", "no reward model"), ("none", "cannot load")]:
+    for name, message in [("two", "cannot load.*one output"), ("lm", "cannot load.*one output"), ("none", "cannot load")]:
         with pytest.raises(BadInput, match=message) as error:
             tasks.load_reward(f"hf:{tmp_path}/{name}", "x.jsonl")
         assert "\n" not in str(error.value)
