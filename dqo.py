@@ -51,6 +51,7 @@ from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()  # one bar is enough: the one of train.py
+transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what matters of it is raised, see `load_model`
 
 
 class BadInput(ValueError):
@@ -108,11 +109,11 @@ class Config:
     def check(self):
         """Refuse what cannot work. Raises BadInput with one line that says what to change."""
         least = dict.fromkeys("k prompts steps epochs max_new_tokens save_every".split(), 1)
-        for name in (*least, *"micro_batch limit alpha beta clip lr temperature".split()):
+        for name in (*least, *"micro_batch limit seed alpha beta clip lr temperature".split()):
             x, low = getattr(self, name), least.get(name, 0)
             above = name in ("lr", "temperature")
-            if x is not None and not (math.isfinite(x) and (x > low if above else x >= low)):
-                raise BadInput(f"--{name.replace('_', '-')} is {x}: it must be {'above' if above else 'at least'} {low}")
+            if x is not None and not (low < x < 2 ** 63 if above else low <= x < 2 ** 63):
+                raise BadInput(f"--{name.replace('_', '-')} is {x}: it must be {'above' if above else 'at least'} {low}, and below 2**63")
         # A baseline over the group, and a distance, need two responses. And with a baseline over the group k samples estimate
         # the diversity of k - 1 (see `advantages`). For k = 2 that is the diversity of one response, a constant: g_1 = g_2,
         # and centring leaves nothing.
@@ -463,13 +464,13 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     repeated = [r for r in rows for _ in range(k)]
     scores = reward([r["prompt"] for r in repeated], rollout.texts, repeated)       # B floats
     quality = torch.tensor(scores, dtype=torch.float32).view(P, k)                  # (P, k)
-    demand_finite("quality", quality, repeated, rollout.texts)
+    demand("quality", quality, repeated, rollout.texts)
     tick("reward_s")
 
     # 3. the volume they span, and what each response adds to it
     if config.objective != "grpo":
         phi = embed(encoder, rollout.texts, memory.setdefault("known", {})).view(P, k, -1)  # (P, k, D)
-        demand_finite("embedding", phi.sum(-1), repeated, rollout.texts)
+        demand("embedding", phi.sum(-1), repeated, rollout.texts)
         tick("embed_s")
         volume = log_det(phi).mean().item()
         if config.kernel == "quality":
@@ -477,7 +478,9 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             # moved with the group, q_i would no longer depend on y_i alone.
             unbounded = getattr(reward, "range", None) == (-math.inf, math.inf)
             center = memory.setdefault("center", quality.mean().item())
-            phi = quality_weighted(phi, torch.sigmoid(quality - center) if unbounded else quality)
+            q = torch.sigmoid(quality - center) if unbounded else quality           # (P, k)
+            demand("quality (for --kernel quality: in [0, 1])", q, repeated, rollout.texts, 0, 1)
+            phi = quality_weighted(phi, q)
         gain = marginal_gains(phi)                                                  # (P, k), reported
         bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
     else:
@@ -506,7 +509,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
     # 5. one weight per response, from its own group only
     advantage = advantages(quality - penalty, bonus, config.baseline)               # (P, k)
-    demand_finite("advantage", advantage, repeated, rollout.texts)
+    demand("advantage", advantage, repeated, rollout.texts)
     weight = advantage.view(P * k).to(model.device)                                 # (B,) back in the order of the rows
 
     # 6. gradient ascent
@@ -518,7 +521,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
             logp = token_logps(model, part, config.temperature)                     # (b, T)
             old_part = old[s, :logp.shape[1]] if config.epochs > 1 else None
-            demand_finite("log-probability", logp.detach().sum(1), repeated[s], part.texts)
+            demand("log-probability", logp.detach().sum(1), repeated[s], part.texts)
             part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
@@ -531,7 +534,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         # on-policy, so no ratio and no clipping, unless --epochs asks for more out of the same samples.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         i = weight.abs().argmax().item()  # the first suspect when the gradient of the batch is NaN or infinite
-        demand_finite("gradient", torch.tensor([grad_norm]), repeated[i:], rollout.texts[i:])
+        demand("gradient", torch.tensor([grad_norm]), repeated[i:], rollout.texts[i:])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tick("update_s")
@@ -549,11 +552,11 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     return metrics
 
 
-def demand_finite(what, values, rows, texts):
-    """Stop at the first response with a value that is NaN or infinite: one update later every weight would be NaN."""
+def demand(what, values, rows, texts, low=-1e38, high=1e38):
+    """Stop at the first response with a value out of range, infinite or NaN: one update later every weight would be NaN."""
     for value, row, text in zip(values.flatten().tolist(), rows, texts):
-        if not math.isfinite(value):
-            raise BadInput(f"the {what} is {value} for the prompt {str(row['prompt'])[-80:]!r} and the response {text[:80]!r}")
+        if not low <= value <= high:
+            raise BadInput(f"the {what} is {value:.6g} for the prompt {str(row['prompt'])[-80:]!r} and the response {text[:80]!r}")
 
 
 # ================================================================================================== loading
@@ -570,11 +573,15 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def offline():
     """Whether the hub cannot be reached. Asked first, because its own client would go on trying for half a minute."""
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except OSError as error:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5).close()
+    except Exception as error:
         return not isinstance(error, urllib.error.HTTPError)  # that would be an answer
     return False
 
@@ -582,13 +589,16 @@ def offline():
 @contextlib.contextmanager
 def loading(what, name):
     """Around the loading of a folder or hub id: whatever the libraries raise becomes one line. Yields their arguments."""
-    path = resolve(name)
-    lost = not Path(path).exists() and offline()
+    lost = False
     try:
+        path = resolve(name)
+        lost = not Path(path).exists() and offline()
+        if Path(path, "checkpoints").is_dir() and not Path(path, "config.json").exists():
+            raise ValueError("the run has not ended; take one of its checkpoints, or --resume it")
         yield path, dict(local_files_only=lost)  # it may be in the cache of an earlier download
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub: they have no common base
-        reason = "not on this disk, and the hub cannot be reached; pass a folder" if lost else str(error).splitlines()[0]
-        raise BadInput(f"cannot load the {what} {name}: {reason}") from None
+        reason = "not on this disk, and the hub cannot be reached; pass a folder" if lost else first_line(error)
+        raise BadInput(f"cannot load the {what} {name:.200}: {reason}") from None
 
 
 def load_model(name, device=None):
@@ -604,9 +614,9 @@ def load_model(name, device=None):
                     setattr(part, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         model, found = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
-                                                            output_loading_info=True, **where)
-        if found["missing_keys"]:  # WARNING  transformers goes on with random numbers in their place
-            raise ValueError(f"no weights for {min(found['missing_keys'])}; is it a causal language model?")
+                                                            ignore_mismatched_sizes=True, output_loading_info=True, **where)
+        if wrong := [*found["missing_keys"], *found["mismatched_keys"]]:  # WARNING  transformers puts random numbers in their place
+            raise ValueError(f"no weights, or of another size, for {wrong[0]}; is it a causal language model?")
     return model.to(device or default_device()).eval(), tokenizer
 
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.tasks import check_rows, load_reward, load_rows, normalize
-from dqo import BadInput, Config, embed, gram, load_encoder, load_model, log_det, prompt_ids, sample, token_logps
+from dqo import BadInput, Config, embed, end_tokens, first_line, gram, load_encoder, load_model, log_det, prompt_ids, sample, token_logps
 
 
 # ------------------------------------------------------------------------------------------------- the metrics
@@ -132,6 +132,20 @@ def mean_and_se(values):
 
 
 # ----------------------------------------------------------------------------------------------- the evaluation
+def prepare(rows, model, tokenizer, max_new_tokens, plain=False):
+    """Tokenize the prompts for a model, and refuse what does not work with it."""
+    end_tokens(model, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for row in rows:
+        try:
+            row["ids"] = prompt_ids(tokenizer, row["prompt"], plain)
+        except Exception as error:  # a chat template raises what it likes
+            raise BadInput(f"{row['where']}: the tokenizer's chat template refuses this prompt: {first_line(error)}") from None
+        if len(row["ids"]) + max_new_tokens > context:
+            raise BadInput(f"{row['where']}: {len(row['ids'])} prompt tokens and --max-new-tokens {max_new_tokens} do not fit into the "
+                           f"model's context of {context}; shorten either")
+
+
 def evaluate(name, model, tokenizer, encoder, rows, reward, n, max_new_tokens, temperature=1.0, seed=0, plain=False, keep=None, judge=None):
     """Sample n responses for each row and measure them. One result (the object of --json) per task, in order.
     keep: a list that receives {model, task, prompt, response, quality} of every response.
@@ -141,7 +155,7 @@ def evaluate(name, model, tokenizer, encoder, rows, reward, n, max_new_tokens, t
     batch = max(1, 256 // n)
     for i in tqdm(range(0, len(rows), batch), desc=f"eval {name}", leave=False, disable=None):
         part = rows[i:i + batch]
-        rollout = sample(model, tokenizer, [prompt_ids(tokenizer, r["prompt"], plain) for r in part], n, max_new_tokens, temperature)
+        rollout = sample(model, tokenizer, [r.get("ids") or prompt_ids(tokenizer, r["prompt"], plain) for r in part], n, max_new_tokens, temperature)
         repeated = [r for r in part for _ in range(n)]
         scores = list(reward([r["prompt"] for r in repeated], rollout.texts, repeated))
         phi = embed(encoder, rollout.texts)                                         # (b*n, D)
@@ -258,7 +272,10 @@ def default_max_new_tokens(name):
     """What the run was trained with; 24 for the tiny base model; else 256."""
     run = Path(name) / "run.json"
     if run.is_file():
-        return json.loads(run.read_text())["config"]["max_new_tokens"]
+        try:
+            return int(json.loads(run.read_text())["config"]["max_new_tokens"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{run} is not the run.json of a run ({type(error).__name__}: {error}); give --max-new-tokens") from None
     return 24 if Path(name).name == "tiny" else 256
 
 
@@ -268,16 +285,23 @@ def compare(args):
     for path in filter(None, (args.json, args.plot, args.samples)):
         if not Path(path).resolve().parent.is_dir():
             raise BadInput(f"cannot write {path}: no folder {Path(path).resolve().parent}")
+        if Path(path).is_dir():
+            raise BadInput(f"cannot write {path}: it is a folder")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
+    Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens, limit=args.limit, seed=args.seed).check()
+    lengths = [args.max_new_tokens or default_max_new_tokens(name) for name in args.models]
     rows = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
     reward = load_reward(args.reward, args.data)
     check_rows(rows, reward)
     encoder, results, kept = load_encoder(args.encoder), [], []
     judge = load_model(args.judge)[0] if args.judge else None
-    for name in args.models:
+    for name, length in zip(args.models, lengths):
         model, tokenizer = load_model(name)
+        prepare(rows, model, tokenizer, length, args.plain)
         if judge is not None and judge.get_input_embeddings().num_embeddings != model.get_input_embeddings().num_embeddings:
             raise BadInput(f"--judge {args.judge}: its vocabulary is not that of {name}")
-        results += evaluate(name, model, tokenizer, encoder, rows, reward, args.n, args.max_new_tokens or default_max_new_tokens(name),
+        results += evaluate(name, model, tokenizer, encoder, rows, reward, args.n, length,
                             args.temperature, args.seed, args.plain, kept, judge)
     print(table(results))
     if args.json:

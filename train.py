@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data.tasks import check_rows, load_reward, load_rows
-from dqo import BadInput, Config, dqo_step, end_tokens, load_encoder, load_model, prompt_ids
+from dqo import BadInput, Config, dqo_step, end_tokens, first_line, load_encoder, load_model
 
 # What the defaults of data/tiny were tuned to, and what any other model gets. A real model needs a small learning rate
 # and a KL penalty to stay fluent; the tiny one, whose rewards are strict, needs neither.
@@ -55,13 +55,14 @@ def parse(argv=None):
         flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         text = f.metadata["help"] + ("" if f.default in (None, False) else f" [{f.default}]")
         if kind is bool:
-            p.add_argument(flag, action="store_true", help=text)
+            p.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
             kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None -> int
-            p.add_argument(flag, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
-    config = Config(**vars(p.parse_args(argv)))
-    if config.resume:
-        changed = [f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default and f.name not in ("resume", "steps")]
+            p.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=f.metadata.get("choices"), help=text)
+    given = vars(p.parse_args(argv))  # only what was given: a default beside --resume is a contradiction too
+    config = Config(**given)
+    if config.resume is not None:
+        changed = [name for name in given if name not in ("resume", "steps")]
         if changed:
             raise BadInput(f"--{changed[0].replace('_', '-')} cannot be given with --resume: everything but --steps is taken from {config.resume}/run.json")
         config = resumed(config)
@@ -75,9 +76,10 @@ def resumed(given):
     try:
         config = Config(**json.loads(path.read_text())["config"])
         steps = int(config.steps if given.steps is None else given.steps)
+        dataclasses.replace(config, steps=steps).check()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"--resume {given.resume}: {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
-    return dataclasses.replace(config, resume=given.resume, out=given.resume, overwrite=False, steps=steps)
+    return dataclasses.replace(config, resume=str(path.parent), out=str(path.parent), overwrite=False, steps=steps)
 
 
 def fill_defaults(config, prompts):
@@ -95,7 +97,12 @@ def open_run(config):
         names = (f"runs/{config.objective}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
         config.out = next(name for name in names if not Path(name).exists())
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with explained(f"--out {out}"):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    for name, used in (("model", config.model), ("data", config.data), ("reward", (config.reward or "").rpartition(":")[0])):
+        if taken and out.resolve() in (Path(used).resolve(), *Path(used).resolve().parents):
+            raise BadInput(f"--out {out} holds the --{name} {used} of this run: name another")
+    if taken:
         is_run = (out / "run.json").is_file()
         if not (config.overwrite and is_run):
             raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it, --resume continues it" if is_run else " and is no run folder: name another"))
@@ -119,7 +126,7 @@ def explained(what):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's errors
-        raise BadInput(f"{what}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
+        raise BadInput(f"{what}: {getattr(error, 'strerror', None) or first_line(error) + ' (is the disk full?)'}") from None
 
 
 def write_whole(path, text):
@@ -186,7 +193,10 @@ def restore(out, step, config, model, optimizer):
 def cut_log(path, step):
     """Drop the lines of steps after `step`, which will be run again, and a line that a crash cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    try:
+        write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: a line is not of this log ({error}); remove it") from None
 
 
 # --------------------------------------------------------------------------------------------------- the training
@@ -200,11 +210,6 @@ def batch_of(rows, step, prompts, seed):
     where = (divmod(i, len(rows)) for i in range((step - 1) * prompts, step * prompts))
     batch = [rows[order(len(rows), seed, epoch)[i]] for epoch, i in where]
     return sorted(batch, key=lambda row: len(row["ids"]))  # so that a micro-batch has little padding
-
-
-def learning_rate(config, step):
-    """Constant, then linear to 0 over the second half, to average out the noise."""
-    return config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
 
 
 def show_group(step, samples, metrics):
@@ -226,22 +231,11 @@ def append(path, rows):
 
 def introduce(config, model, tokenizer, rows, done):
     """What is about to happen, in full: the resolved configuration and the distribution that is sampled from."""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config.objective} on {config.model} ({parameters:,} parameters, {model.device}), {len(rows)} prompts of {config.data}"
+    print(f"{config.objective} on {config.model} ({model.num_parameters():,} parameters, {model.device}), {len(rows)} prompts of {config.data}"
           + (f", resumed after step {done}" if config.resume else ""))
     print("  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if k not in ("model", "data", "objective") and v is not None))
     print(f"sampling: temperature {config.temperature}, full vocabulary (no top-p, no top-k, no penalty), at most {config.max_new_tokens} "
           f"tokens, ended by {' '.join(map(str, tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer).tolist())))}")
-
-
-def prepare(rows, model, tokenizer, config):
-    """Tokenize the prompts once; the text stays for the reward and the samples."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for row in rows:
-        row["ids"] = prompt_ids(tokenizer, row["prompt"], config.plain)
-        if len(row["ids"]) + config.max_new_tokens > context:
-            raise BadInput(f"{row['where']}: {len(row['ids'])} prompt tokens and --max-new-tokens {config.max_new_tokens} do not fit into the "
-                           f"model's context of {context}; shorten either")
 
 
 def share_beyond_window(encoder, texts):
@@ -257,32 +251,30 @@ def train(config):
     """Returns the exit status."""
     start_from, done = config.model, 0
     if config.resume:
-        done = max(checkpoints(Path(config.out)), default=None)
-        if done is None:
-            raise BadInput(f"--resume {config.out}: no checkpoint there yet; start again with --overwrite")
-        if config.steps < done:
-            raise BadInput(f"--steps {config.steps}: {config.out} is at step {done} already")
-        start_from = f"{config.out}/checkpoints/step-{done}"
-    reward = load_reward(config.reward, config.data)
+        out = Path(config.out)
+        done = max(checkpoints(out), default=-1)
+        if not 0 <= done <= config.steps:
+            raise BadInput(f"--resume {out}: " + ("no checkpoint there yet; start again with --overwrite" if done < 0 else f"it is at step {done} already"))
+        start_from = f"{out}/checkpoints/step-{done}"
     few = min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS)
     rows, test_rows = (load_rows(config.data, split, limit, config.prompt_key, config.answer_key)
                        for split, limit in (("train", config.limit), ("test", few)))
+    reward = load_reward(config.reward, config.data)
     check_rows(rows + test_rows, reward)
     model, tokenizer = load_model(start_from)
     fill_defaults(config, len(rows))
-    prepare(rows + test_rows, model, tokenizer, config)
+    evaluation.prepare(rows + test_rows, model, tokenizer, config.max_new_tokens, config.plain)
     encoder = load_encoder(config.encoder)
     reference = load_model(config.model)[0].requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing:  # transformers before 5.20 knows it by its old name only
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     if config.resume:
-        out = Path(config.out)
         memory = restore(out, done, config, model, optimizer)
-        write_run(out, config)  # --steps may be new
         with explained(f"cannot write to {out}"):
             cut_log(out / "metrics.jsonl", done)
             cut_log(out / "samples.jsonl", done)
+        write_run(out, config)  # --steps may be new
     else:
         out, memory = open_run(config), {}
         torch.manual_seed(config.seed)
@@ -298,24 +290,32 @@ def train(config):
     return 0
 
 
-def loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, reference, memory):
-    """The steps after `done`. Returns the exit status: 0, or 128 + the number of the signal that stopped it."""
-    # SIGINT (Ctrl-C) and SIGTERM let the step finish, then save. A second one does what it always does.
+@contextlib.contextmanager
+def noted_signals():
+    """The first SIGINT (Ctrl-C) or SIGTERM is only noted, in the list that this yields; a second one does what it always does."""
     received, handlers = [], {}
 
-    def remember(number, frame):
+    def note(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, remember)
+        handlers[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    start, pace = time.time(), None
-    with tqdm(total=config.steps, initial=done, desc=config.objective, dynamic_ncols=True) as bar:
+
+def loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, reference, memory):
+    """The steps after `done`. Returns the exit status: 0, or 128 + the number of the signal that stopped it."""
+    step, start, pace = done, time.time(), None
+    with noted_signals() as received, tqdm(total=config.steps, initial=done, desc=config.objective, dynamic_ncols=True) as bar:
         for step in range(done + 1, config.steps + 1):
             began, before = time.time(), random_state()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            for group in optimizer.param_groups:  # constant, then linear to 0 over the second half, to average out the noise
+                group["lr"] = config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
             batch = batch_of(rows, step, config.prompts, config.seed)
             try:
                 metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, memory)
@@ -337,8 +337,6 @@ def loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, 
                 save_checkpoint(out, step, config, model, tokenizer, optimizer, memory, random_state())
             if received:
                 break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if received and step < config.steps:
         print(f"\nstopped after step {step}, everything is saved. To go on:\n  python train.py --resume {out}")
         return 128 + received[0]
@@ -373,7 +371,7 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"train.py: {str(error).splitlines()[0]} (use a smaller --micro-batch, or --gradient-checkpointing)", file=sys.stderr)
+        print(f"train.py: {first_line(error)} (use a smaller --micro-batch, or --gradient-checkpointing)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
         return 130

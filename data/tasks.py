@@ -22,12 +22,13 @@ import traceback
 import unicodedata
 import urllib.request
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dqo import BadInput, default_device, loading, offline, resolve
+from dqo import BadInput, default_device, first_line, loading, offline, resolve
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,8 +40,7 @@ def normalize(text):
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
-def choice(patterns):
-    """A regex that matches one of several."""
+def choice(patterns):  # a regex that matches one of several
     return "(?:" + "|".join(patterns) + ")"
 
 
@@ -83,6 +83,7 @@ STORY = re.compile(rf"the (?:{choice(ADJECTIVES)} )?(?P<subject>{choice(SUBJECTS
 def story(row, response):
     """Story generation: one sentence of the grammar above that uses all given words."""
     match = STORY.fullmatch(normalize(response))
+    need(isinstance(row["answer"], list), "a list of two words as the answer", row["answer"])
     return float(match is not None and sorted(match.groups()) == sorted(row["answer"]))
 
 
@@ -111,6 +112,7 @@ def value(expression):
 
 def reason(row, response):
     """Reasoning: "make 24" -> an arithmetic expression of at least two numbers that equals 24."""
+    need(isinstance(row["answer"], (int, float)), "a number as the answer", row["answer"])
     expression = normalize(response)
     return float(re.search(r"\d\D*[+\-*/]\D*\d", expression) is not None and value(expression) == row["answer"])
 
@@ -350,8 +352,7 @@ def read(source, split, limit, task):
     if not web and not source.endswith((".jsonl", ".json")) and not Path(source[:250]).exists():
         if HUB_ID.fullmatch(source):
             return (yield from hub(source, limit, split, instead))
-        raise BadInput(f"--data {source:.80}: no such task or file; there are {', '.join([*TASKS, *READY])}, or give a .jsonl file, "
-                       f"its https:// address, or a hub dataset OWNER/NAME")
+        raise BadInput(f"--data {source:.80}: no such task or file; there are {', '.join([*TASKS, *READY])}, .jsonl files, https:// and OWNER/NAME")
     try:
         if not web:
             text = Path(resolve(source)).read_text(encoding="utf-8-sig")
@@ -370,7 +371,9 @@ def read(source, split, limit, task):
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{source}, line {number}: not JSON ({error})") from None
-            yield f"{source}, line {number}", row if isinstance(row, dict) else {}  # in {} the prompt will be missed
+            if not isinstance(row, dict):
+                raise BadInput(f"{source}, line {number}: not a JSON object")
+            yield f"{source}, line {number}", row
 
 
 def hub(source, limit=0, split=None, instead="pass FILE.jsonl"):
@@ -410,8 +413,8 @@ def load_reward(reward, data):
     def scored(prompts, responses, rows):
         try:
             scores = score(prompts, responses, rows)
-            scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)  # a tensor or an array will do too
-        except Exception as error:
+            scores = [x.item() if hasattr(x, "item") else x for x in scores]  # tensors and arrays will do too
+        except (Exception, SystemExit) as error:
             for case in zip(prompts, responses, rows) if len(rows) > 1 else ():
                 scored(*([x] for x in case))  # which one is it? The message comes from here
             raise BadInput(f"{about(reward, prompts[0], responses[0])}: {why(error)}") from None
@@ -426,19 +429,15 @@ def check_rows(rows, reward):
         try:
             reward.check_row(row)
         except Exception as error:
-            raise BadInput(f"{row['where']}: {error if isinstance(error, ValueError) else why(error)}") from None
+            raise BadInput(f"{row['where']}: {first_line(error) if isinstance(error, ValueError) else why(error)}") from None
 
 
 def check_scores(scores, prompts, responses, name, range=None):
-    """One finite number per response, within the declared range, as a list of floats. A NaN would spread to every weight of
-    the model in one step, and a wrong count would pay responses for each other's work."""
+    """One finite number per response, within the declared range, as a list of floats. A NaN would spread to every weight."""
     if len(scores) != len(responses):
         raise BadInput(f"{about(name, prompts[0], responses[0])} and others: {len(scores)} values for {len(responses)} responses")
     for score, prompt, response in zip(scores, prompts, responses):
-        try:
-            good = not isinstance(score, str) and abs(float(score)) < 1e30
-        except Exception:
-            good = False  # None, a list, a tensor with many entries, an integer with a thousand digits
+        good = isinstance(score, Real) and abs(score) < 1e30  # False for NaN
         if not good or range and not range[0] <= score <= range[1]:
             wanted = f"in its declared range {range[0]} to {range[1]}" if good else "a finite number below 1e30"
             raise BadInput(f"{about(name, prompt, response)}: {score!r:.40} is not {wanted}")
@@ -452,7 +451,7 @@ def about(name, prompt, response):
 def why(error):
     """An error of somebody else's code in one line: kind, first line of the message, and where."""
     at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({Path(at.filename).name}, line {at.lineno})"
+    return f"{type(error).__name__}: {first_line(error)} ({Path(at.filename).name}, line {at.lineno})"
 
 
 def function_in(reward):
@@ -462,12 +461,16 @@ def function_in(reward):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)  # exec_module would leave a __pycache__ beside it
     except (Exception, SystemExit) as error:
         raise BadInput(f"--reward {reward}: importing {path} failed: {why(error)}") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {reward}: {path} defines no function {name!r}")
-    return getattr(module, name)
+    score = getattr(module, name)
+    bounds = getattr(score, "range", None)
+    if bounds is not None and not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, (int, float)) for x in bounds)):
+        raise BadInput(f"--reward {reward}: {name}.range is {bounds!r:.40}; it must be (low, high)")
+    return score
 
 
 def reward_model(name, batch=16):

@@ -161,7 +161,7 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize("line,message", [
-    ("{", "line 2: not JSON"), ("[" * 100000, "line 2: not JSON"), ("1" * 5000, "line 2: "), ("3", "line 2: no 'prompt'"), ({}, "line 2: no 'prompt'"), ({"prompt": " "}, "line 2"),
+    ("{", "line 2: not JSON"), ("[" * 100000, "line 2: not JSON"), ("1" * 5000, "line 2: "), ("3", "line 2: not a JSON object"), ({}, "line 2: no 'prompt'"), ({"prompt": " "}, "line 2"),
     ({"prompt": None}, "line 2"), ({"prompt": {}}, "line 2"), ({"prompt": "\ud800"}, "line 2"), ({"prompt": [{"role": "user", "content": ""}]}, "line 2"),
     ({"prompt": [{"role": "user", "content": None}]}, "line 2"), ({"prompt": [{"content": "x"}]}, "line 2"), ({"prompt": ["x"]}, "line 2"), ({"prompt": True}, "line 2")])
 def test_bad_rows(tmp_path, line, message):

@@ -85,6 +85,19 @@ def test_killed_three_times(whole, tmp_path, seed):
     assert (whole / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
 
 
+def test_a_full_disk_costs_nothing_but_time(whole, tmp_path):
+    """The system refuses files above 5 MB: the optimizer's state does not fit. Once it does, the run goes on."""
+    command = f"ulimit -f 5000; exec {sys.executable} {ROOT / 'train.py'} {' '.join(FLAGS)} --out run"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: cannot save run/checkpoints/step-2: ") and "is the disk full?" in done.stderr
+    assert train.checkpoints(tmp_path / "run") == [0]
+    process = start(tmp_path, "--resume", "run")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert equal(whole, tmp_path / "run") and log(whole) == log(tmp_path / "run")
+
+
 def test_a_checkpoint_is_a_model_folder(whole):
     assert equal(whole, whole / "checkpoints/step-9")
     load_model(str(whole / "checkpoints/step-8"))
@@ -95,6 +108,8 @@ def test_more_steps_can_be_added(whole, tmp_path, capsys):
     subprocess.run(["cp", "-r", whole, run], check=True)
     assert train.main(["--resume", str(run), "--steps", "10"]) == 0
     assert [x["step"] for x in log(run)] == list(range(1, 11)) and not equal(whole, run)
+    assert json.loads((run / "run.json").read_text())["config"]["steps"] == 10  # so that it could be resumed once more
+    assert train.main(["--resume", str(run), "--steps", "9"]) == 2 and "it is at step 10 already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage,message", [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import random_llama
-from dqo import Config, advantages, dqo_step, embed, load_encoder, marginal_gains, policy_loss, sample, token_logps
+from dqo import Config, advantages, dqo_step, embed, marginal_gains, policy_loss, sample, token_logps
 
 
 class HashEncoder:

@@ -63,7 +63,7 @@ def test_loading(tmp_path):
     assert [r["prompt"] for r in rows] == ["one", [{"role": "user", "content": "two"}]] and [r["answer"] for r in rows] == [1, None]
     assert [r["prompt"] for r in tasks.load_rows(str(file), "train", prompt_key="q")] == ["one"]
     assert len(tasks.load_rows("story,reason", "train", limit=5)) == 10
-    for text, message in [("", "no prompts"), ('{"q": 1\n', "line 1: not JSON"), ('{"q": "a"}\n[1]\n', "line 2: no 'q'"), ('{"p": "a"}', "--prompt-key"),
+    for text, message in [("", "no prompts"), ('{"q": 1\n', "line 1: not JSON"), ('{"q": "a"}\n[1]\n', "line 2: not a JSON object"), ('{"p": "a"}', "--prompt-key"),
                           ('{"q": ""}', "line 1"), ('{"q": 5}', "line 1"), ('{"q": []}', "line 1"), ('{"q": ["x"]}', "line 1")]:
         file.write_text(text)
         with pytest.raises(BadInput, match=message):
