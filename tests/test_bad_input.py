@@ -115,7 +115,7 @@ BAD = [  # a command, and what its message must have
     ("TRAIN --model unweighted", "the model unweighted: ", "safetensors"), ("TRAIN --model cut", "the model cut: "),
     ("TRAIN --model pickled", "the model pickled: ", "safetensors"), ("TRAIN --model wordless", "the model wordless: ", "tokenizer"),
     ("TRAIN --model misfit", "the model misfit: ", "another size"), (f"TRAIN --model {BERT}", f"the model {BERT}: ", "causal language model"),
-    ("TRAIN --model endless", "end token"), ("EVAL mine", "mine/run.json"), ("EVAL run", "the model run: ", "checkpoints"),
+    ("TRAIN --model endless", "end token"), ("EVAL mine", "mine/run.json"), ("EVAL run", "the model run: "),
     ("TRAIN --encoder no/such", "the encoder no/such: ", "pass a folder"), ("EVAL data/tiny --encoder nothing", "the encoder nothing: "),
     # the run folder (8 is the default of k, but the run has another; "mine" would be deleted while it is trained)
     ("TRAIN --out plain.txt", "--out plain.txt"), ("TRAIN --out thesis", "--out thesis", "no run"),

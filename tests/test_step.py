@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import random_llama
-from dqo import Config, advantages, dqo_step, embed, marginal_gains, policy_loss, sample, token_logps
+from dqo import BadInput, Config, advantages, dqo_step, embed, marginal_gains, policy_loss, quality_weighted, sample, token_logps
 
 
 class HashEncoder:
@@ -107,7 +107,7 @@ def test_on_policy_loss_has_value_but_above_all_a_gradient():
     loss.backward()
     assert loss.item() == pytest.approx(-(2 - 1) / 8)
     torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) / 8)
-    assert stats["clipped"] == 0 and stats["entropy"] == pytest.approx(3.5 / 3)
+    assert stats["clipped"] == 0 and stats["entropy"] == pytest.approx(3.5)
 
 
 def test_clipped_ratio_by_hand():
@@ -121,7 +121,7 @@ def test_clipped_ratio_by_hand():
     # min(-3, -2.4) = -3                   min(-1, -1.6) = -1.6 (flat)
     assert loss.item() == pytest.approx(-(2.4 + 1.0 - 3.0 - 1.6) / 10)
     torch.testing.assert_close(logp.grad, -torch.tensor([[0.0, 0.5 * 2], [1.5 * -2, 0.0]]) / 10)
-    assert stats["clipped"] == 0.5
+    assert stats["clipped"] == 2
     per_token, _ = policy_loss(logp, torch.tensor([[2.0, 2.0], [-2.0, -2.0]]), torch.ones(2, 2, dtype=torch.bool), 5, old, clip=0.2)
     assert per_token.item() == pytest.approx(loss.item())
 
@@ -183,3 +183,51 @@ def test_embed():
     embed(encoder, ["a", "c"], known), embed(encoder, ["c", "d", "a"], known)
     assert encoder.seen[3:] == ["a", "c", "d"] and embed(encoder, ["a"], known)[0].equal(phi[1])  # remembered across calls
     assert phi[0].equal(phi[2]) and phi[1].equal(phi[4]) and phi[3].equal(phi[5]) and not phi[0].equal(phi[1])
+
+
+@pytest.mark.parametrize("what", ["quality", "embedding", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(model, tokenizer, what):
+    class Broken(HashEncoder):
+        def encode(self, texts):
+            phi = super().encode(texts)
+            phi[-1, 3] = float("nan")  # of the last text that was not known yet
+            return phi
+    if what == "gradient":
+        model.lm_head.weight.register_hook(lambda g: g * float("inf"))
+    before = [p.detach().clone() for p in model.parameters()]
+    score = (lambda p, t, r: [0.5] * 5 + [float("nan")] + [0.5] * 6) if what == "quality" else reward
+    torch.manual_seed(4)
+    with pytest.raises(BadInput, match=f"the {what} is (nan|inf) for the prompt .* and the response ") as error:
+        dqo_step(model, tokenizer, Broken() if what == "embedding" else HashEncoder(), score, torch.optim.SGD(model.parameters(), lr=1.0), ROWS, config())
+    torch.manual_seed(4)
+    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    guilty = dict(quality=5, embedding=rollout.texts.index(list(dict.fromkeys(rollout.texts))[-1]))
+    if what in guilty:
+        assert repr(rollout.texts[guilty[what]][:80]) in str(error.value) and repr(ROWS[guilty[what] // 4]["prompt"]) in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_an_unbounded_reward_is_centred_once_for_the_kernel_and_never_in_the_reward(model, tokenizer):
+    def score(prompts, responses, rows):
+        return [7.0 + len(t.split()) for t in responses]
+    memory, optimizer = {}, torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(BadInput, match=r"in \[0, 1\]"):  # a range was not declared
+        dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, config(kernel="quality"))
+    score.range = (-float("inf"), float("inf"))
+    for expected in (None, "the same"):
+        torch.manual_seed(4 if expected is None else 5)
+        metrics = dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, config(kernel="quality"), memory=memory)
+        center = metrics["quality"] if expected is None else center
+        assert memory["center"] == center
+        quality = torch.tensor([s["quality"] for s in metrics["samples"]]).view(3, 4)
+        phi = embed(HashEncoder(), [s["response"] for s in metrics["samples"]]).view(3, 4, -1)
+        gain = marginal_gains(quality_weighted(phi, torch.sigmoid(quality - center)))
+        got = torch.tensor([s["advantage"] for s in metrics["samples"]]).view(3, 4)
+        torch.testing.assert_close(got, advantages(quality, gain, "mean"), rtol=1e-4, atol=1e-5)
+    assert metrics["quality"] != center
+
+
+def test_an_unknown_name_is_refused():
+    for bad in (dict(objective="DQO"), dict(kernel="qualty"), dict(baseline="Mean")):
+        with pytest.raises(BadInput, match="choose from"):
+            Config(**bad).check()
