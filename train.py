@@ -254,9 +254,8 @@ def train(config):
         if not 0 <= done <= config.steps:
             raise BadInput(f"--resume {out}: " + ("no checkpoint there yet; start again with --overwrite" if done < 0 else f"it is at step {done} already"))
         start_from = f"{out}/checkpoints/step-{done}"
-    few = min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS)
     rows, test_rows = (load_rows(config.data, split, limit, config.prompt_key, config.answer_key)
-                       for split, limit in (("train", config.limit), ("test", few)))
+                       for split, limit in (("train", config.limit), ("test", min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS))))
     reward = load_reward(config.reward, config.data)
     check_rows(rows + test_rows, reward)
     model, tokenizer = load_model(start_from)

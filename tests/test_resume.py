@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,19 @@ def test_a_checkpoint_is_a_model_folder(whole):
     load_model(str(whole / "checkpoints/step-8"))
 
 
+def test_everything_a_step_depends_on_comes_back(tmp_path, monkeypatch, capsys):
+    """A reward that draws random numbers of its own, and the centre of an unbounded reward, which the first step fixes."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text("import random\ndef score(p, responses, r): return [9 + len(x) / 9 + random.random() for x in responses]\n"
+                             "score.range = (-float('inf'), float('inf'))\n")
+    assert train.main([*FLAGS, "--steps", "4", "--kernel", "quality", "--reward", "my.py:score", "--out", "a"]) == 0
+    shutil.copytree("a", "b")
+    shutil.rmtree("b/checkpoints/step-4")  # as if it had been killed then; its logs go to step 4 already
+    assert train.main(["--resume", "b"]) == 0
+    assert equal(Path("a"), Path("b")) and log(Path("a")) == log(Path("b"))
+    assert Path("a/samples.jsonl").read_text() == Path("b/samples.jsonl").read_text()
+
+
 def test_more_steps_can_be_added(whole, tmp_path, capsys):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, run], check=True)
@@ -116,10 +130,11 @@ def test_more_steps_can_be_added(whole, tmp_path, capsys):
     (lambda run: (run / "checkpoints/step-9/state.pt").write_bytes(b"x" * 100), "step-9"),
     (lambda run: (run / "checkpoints/step-9/state.pt").write_bytes((run / "checkpoints/step-9/state.pt").read_bytes()[:5000]), "step-9"),
     (lambda run: (run / "checkpoints/step-9/model.safetensors").write_bytes(b"x" * 100), "cannot load the model"),
+    (lambda run: (run / "run.json").write_text((run / "run.json").read_text().replace('"seed": 0', '"seed": 1')), "of another run"),
     (lambda run: (run / "run.json").write_text("{"), "run.json"),
     (lambda run: (run / "run.json").unlink(), "run.json"),
     (lambda run: [p.rename(run / p.name) for p in (run / "checkpoints").glob("step-*")], "no checkpoint"),
-], ids=["garbage", "truncated", "weights", "run.json broken", "run.json gone", "no checkpoints"])
+], ids=["garbage", "truncated", "weights", "another run", "run.json broken", "run.json gone", "no checkpoints"])
 def test_damage_is_reported(whole, tmp_path, capsys, damage, message):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, run], check=True)
