@@ -45,7 +45,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -171,10 +170,10 @@ def prompt_ids(tokenizer, prompt, plain=False):
 def end_tokens(model, tokenizer):
     """All ids that end a response, (E,) long: the tokenizer's, and those the model was published with (often several)."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    if not ids - {None}:
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    if not ids:
         raise BadInput("neither the tokenizer nor the model's generation config names an end token")
-    return torch.tensor(sorted(ids - {None}), device=model.device)
+    return torch.tensor(sorted(ids), device=model.device)
 
 
 def autocast(device):
@@ -238,27 +237,22 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
                     use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
         cache.batch_repeat_interleave(k)
-        # Responses leave the batch some time after they end: inside = [0 2 5] says that the batch holds responses 0, 2
-        # and 5 only, and alive = [1 0 1] that of these response 2 has ended since.
-        inside = torch.arange(B, device=device)                                     # (R,) responses in the batch
-        alive = torch.ones(B, dtype=torch.bool, device=device)                      # (R,) those without an end token yet
+        inside = torch.arange(B, device=device)  # (R,) the responses that have not ended: [0 2 5] if only these are left
         for t in range(T):
             log_probs = log_softmax(logits, temperature)                            # (R, V)
             # u is drawn for all B rows at every step, so that a row's draws do not depend on which others have left
             u = torch.rand(B, dtype=torch.float64, device=device)[inside]           # (R,)
             token = draw(log_probs, u)                                              # (R, 1)
-            unfinished = inside[alive]
-            tokens[unfinished, N + t], attention_mask[unfinished, N + t] = token[alive, 0], 1
-            logp[unfinished, t] = log_probs.gather(1, token)[alive, 0]
+            tokens[inside, N + t], attention_mask[inside, N + t] = token[:, 0], 1
+            logp[inside, t] = log_probs.gather(1, token)[:, 0]
             # A response ends with an end token, which belongs to it (stopping is learned like any other choice).
             # WARNING  Never find the end by comparing with the pad id: pad is often the same id as the end.
-            alive = alive & ~torch.isin(token[:, 0], end)
-            if t == T - 1 or not alive.any():
+            stay = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]                  # (R',) places in the batch, not responses
+            if t == T - 1 or len(stay) == 0:
                 break
-            if alive.sum() <= 0.75 * len(inside):  # enough have ended to pay for copying the cache of the others
-                keep = alive.nonzero()[:, 0]                                        # (R',)
-                cache.batch_select_indices(keep)
-                inside, token, alive = inside[keep], token[keep], alive[keep]
+            if len(stay) < len(inside):
+                cache.batch_select_indices(stay)
+                inside, token = inside[stay], token[stay]
             context = attention_mask[inside, :N + t + 1]                            # (R, N+t+1)
             out = model(input_ids=token, attention_mask=context, position_ids=positions(context)[:, -1:],
                         past_key_values=cache, use_cache=True)
@@ -372,26 +366,44 @@ def advantages(quality, bonus, baseline):
 
 
 # =============================================================================== log-probabilities and the loss
+class LogProbs(torch.autograd.Function):
+    """log_softmax(logits)[token], (n, V), (n,) -> (n,), whose gradient is written over the logits.
+
+    The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Autograd would keep their log-softmax
+    beside them and make a gradient for each, four times as much; here it is the logits and a few rows. The gradient is
+    simple enough: d log p[token] / d logits = (onehot(token) - p) / temperature.
+    WARNING  The logits are gone after the backward pass, so there can be only one."""
+
+    @staticmethod
+    def forward(ctx, logits, token, temperature, rows):
+        ctx.save_for_backward(logits, token)
+        ctx.temperature, ctx.rows = temperature, rows
+        return torch.cat([log_softmax(x, temperature).gather(1, y[:, None])[:, 0] for x, y in zip(logits.split(rows), token.split(rows))])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, token = ctx.saved_tensors
+        for x, y, g in zip(*(a.split(ctx.rows) for a in (logits, token, grad / ctx.temperature))):
+            p = log_softmax(x, ctx.temperature).exp_()                              # (rows, V)
+            p[torch.arange(len(y)), y] -= 1
+            x.copy_(p.mul_(-g[:, None]))
+        return logits, None, None, None
+
+
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
-    """log pi(token | everything before it) of every response token, (B, T) float32, differentiable; 0 outside `mask`.
+    """log pi(token | everything before it) of every response token, (B, T) float32, differentiable once; 0 outside `mask`.
 
     One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are
     those of each row alone, and those that `sample` saw. chunk: so many logits are normalised at a time, at most.
 
     WARNING  Logits come from the model's own forward. Multiplying hidden states with lm_head by hand misses the
     soft-capping and scaling of some models (Gemma, Cohere, Granite)."""
-    T = rollout.mask.shape[1]
-    with autocast(model.device):
-        logits = model(input_ids=rollout.tokens, attention_mask=rollout.attention_mask,
-                       position_ids=positions(rollout.attention_mask),
-                       use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V), column t predicts response token t
-    token = rollout.tokens[:, rollout.prompt_length:]                               # (B, T)
-    # The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Their log-softmax would be as
-    # large again and be kept for the backward pass, so it is computed n rows at a time, and once more in that pass.
-    n = max(1, chunk // (T * logits.shape[-1]))
-    picked = lambda x, y: log_softmax(x, temperature).gather(-1, y[..., None])[..., 0]  # (n, T)
-    parts = [checkpoint(picked, x, y, use_reentrant=False) for x, y in zip(logits.split(n), token.split(n))]
-    return torch.cat(parts).masked_fill(~rollout.mask, 0.0)                         # (B, T)
+    token, seen = rollout.tokens[:, rollout.prompt_length:], rollout.attention_mask[:, :-1]  # (B, T), (B, S-1)
+    with autocast(model.device):  # the last token predicts nothing, so it is left out
+        logits = model(input_ids=rollout.tokens[:, :-1], attention_mask=seen, position_ids=positions(seen),
+                       use_cache=False, logits_to_keep=token.shape[1]).logits       # (B, T, V), column t predicts response token t
+    logp = LogProbs.apply(logits.flatten(0, 1), token.flatten(), temperature, max(1, chunk // logits.shape[-1]))
+    return logp.view_as(token).masked_fill(~rollout.mask, 0.0)                      # (B, T)
 
 
 def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2):
@@ -481,14 +493,17 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     # WARNING  Differentiating the popular k3 estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi)
     # instead. Here k3 is only reported.
     size = config.micro_batch or P * k
-    pieces = [slice(i, i + size) for i in range(0, P * k, size)]
+    pieces = rollout.mask.sum(1).argsort().cpu().split(size)  # by length, so that a micro-batch has little padding
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
     old, kl, penalty = None, 0.0, torch.zeros(P, k)
 
     @torch.no_grad()
     def scored_by(some_model):  # all rows, (B, T), zeros outside the mask
-        parts = [token_logps(some_model, rollout.rows(s), config.temperature) for s in pieces]
-        return torch.cat([F.pad(p, (0, rollout.mask.shape[1] - p.shape[1])) for p in parts])
+        logp = torch.zeros_like(rollout.logp)
+        for s in pieces:
+            part = rollout.rows(s)
+            logp[s, :part.mask.shape[1]] = token_logps(some_model, part, config.temperature)
+        return logp
 
     if config.epochs > 1 or config.beta > 0:
         old = scored_by(model)  # not rollout.logp: in bf16 only the same forward gives a ratio of exactly 1
@@ -513,7 +528,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
             logp = token_logps(model, part, config.temperature)                     # (b, T)
             old_part = old[s, :logp.shape[1]] if config.epochs > 1 else None
-            demand("log-probability", logp.detach().sum(1), repeated[s], part.texts)
+            demand("log-probability", logp.detach().sum(1), [repeated[i] for i in s], part.texts)
             part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
