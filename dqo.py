@@ -390,7 +390,7 @@ class LogProbs(torch.autograd.Function):
         return logits, None, None, None
 
 
-def token_logps(model, rollout, temperature=1.0, chunk=2 ** 24):
+def token_logps(model, rollout, temperature=1.0, chunk=2 ** 23):
     """log pi(token | everything before it) of every response token, (B, T) float32, differentiable once; 0 outside `mask`.
 
     One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are

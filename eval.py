@@ -255,7 +255,7 @@ def flags():
     p.add_argument("--encoder", default=d.encoder, help="sentence-transformers model")
     p.add_argument("--n", type=int, default=16, help="responses per prompt [16]")
     p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--max-new-tokens", type=int, help="longest response [the run's own; data/tiny: 24; else 256]")
+    p.add_argument("--max-new-tokens", type=int, help="longest response [that of the runs; data/tiny alone: 24; else 256]")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, default=0, help="only the first N prompts of each task")
     p.add_argument("--plain", action="store_true", help="no chat template")
@@ -268,15 +268,15 @@ def flags():
     return p
 
 
-def default_max_new_tokens(name):
-    """What the run was trained with; 24 for the tiny base model; else 256."""
-    run = Path(name) / "run.json"
-    if run.is_file():
-        try:
-            return int(json.loads(run.read_text())["config"]["max_new_tokens"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{run} is not the run.json of a run ({type(error).__name__}: {error}); give --max-new-tokens") from None
-    return 24 if Path(name).name == "tiny" else 256
+def default_max_new_tokens(names):
+    """One length for all models, or they could not be compared: what the runs among them were trained with, at most; without a
+    run 24 for the tiny base model, else 256."""
+    runs = [r for name in names for r in (Path(name) / "run.json", Path(name).resolve().parent.parent / "run.json") if r.is_file()]
+    try:
+        found = [int(json.loads(run.read_text())["config"]["max_new_tokens"]) for run in runs]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{' or '.join(map(str, runs))} is not the run.json of a run ({type(error).__name__}: {error}); give --max-new-tokens") from None
+    return max(found, default=24 if all(Path(name).name == "tiny" for name in names) else 256)
 
 
 def compare(args):
@@ -290,13 +290,13 @@ def compare(args):
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
     Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens, limit=args.limit, seed=args.seed).check()
-    lengths = [args.max_new_tokens or default_max_new_tokens(name) for name in args.models]
+    length = args.max_new_tokens or default_max_new_tokens(args.models)
     rows = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
     reward = load_reward(args.reward, args.data)
     check_rows(rows, reward)
     encoder, results, kept = load_encoder(args.encoder), [], []
     judge = load_model(args.judge)[0] if args.judge else None
-    for name, length in zip(args.models, lengths):
+    for name in args.models:
         model, tokenizer = load_model(name)
         prepare(rows, model, tokenizer, length, args.plain)
         if judge is not None and judge.get_input_embeddings().num_embeddings != model.get_input_embeddings().num_embeddings:
@@ -319,6 +319,8 @@ def main(argv=None):
     except BadInput as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -163,8 +163,7 @@ def checkpoints(out):  # the steps that have one
     return [int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
 
 
-def random_state():
-    """Of every generator that a step draws from."""
+def random_state():  # of every generator that a step draws from
     return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 python=random.getstate())  # a reward of the user's own may draw from it
 
@@ -289,14 +288,14 @@ def train(config):
 
 @contextlib.contextmanager
 def noted_signals():
-    """The first SIGINT (Ctrl-C) or SIGTERM is only noted, in the list that this yields; a second one does what it always does."""
+    """The first Ctrl-C (or SIGTERM) is only noted, in the list that this yields; a second one does what it always does."""
     received, handlers = [], {}
 
     def note(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: the terminal is gone
         handlers[number] = signal.signal(number, note)
     try:
         yield received
@@ -357,11 +356,12 @@ def report(config, base, model, tokenizer, encoder, reward, rows):
     flags = lambda names: "".join(f" --{n.replace('_', '-')}" + ("" if x is True else f" {shlex.quote(str(x))}")
                                   for n, x in vars(config).items() if n in names and x != usual[n])
     same = flags(usual.keys() - {"objective", "alpha", "kernel", "out", "overwrite", "resume"})
+    other = shlex.quote(f"{config.out}-grpo")
     if config.objective == "grpo":
         print(f"\nnext, the same with diversity:\n  python train.py{same}")
     else:
-        print(f"\nnext, the same without diversity, then both in one picture:\n  python train.py --objective grpo --out runs/grpo-compare{same}\n"
-              f"  python eval.py {shlex.quote(config.model)} {shlex.quote(config.out)} runs/grpo-compare"
+        print(f"\nnext, the same without diversity, then both in one picture:\n  python train.py --objective grpo --out {other}{same}\n"
+              f"  python eval.py {shlex.quote(config.model)} {shlex.quote(config.out)} {other} --limit {EVAL_PROMPTS}"
               f"{flags('data reward encoder temperature plain prompt_key answer_key'.split())} --plot plane.png")
 
 
@@ -370,7 +370,7 @@ def main(argv=None):
     try:
         return train(parse(argv))
     except (BadInput, torch.OutOfMemoryError) as error:
-        hint = "" if isinstance(error, BadInput) else " (use a smaller --micro-batch, or --gradient-checkpointing)"
+        hint = " (use a smaller --micro-batch, or --gradient-checkpointing)" * (not isinstance(error, BadInput))
         print(f"train.py: {first_line(error)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step

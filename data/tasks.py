@@ -330,7 +330,7 @@ def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
                 mine.setdefault(key, {**row, "prompt": prompt, "answer": answer, "task": task or Path(source).stem, "where": where})
         rows += mine.values()
         if not mine:
-            raise BadInput(f"--data {data}: no prompts for the {split} split")
+            raise BadInput(f"--data {data}: no prompts for the {split} split; rows without a \"split\" belong to both")
     return rows
 
 
