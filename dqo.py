@@ -232,7 +232,8 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     logp = torch.zeros(B, T, device=device)                                         # (B, T)
 
     with autocast(device):
-        # The k responses share their prompt: run it once, then repeat its keys and values k times.
+        # The k responses share their prompt: run it once, then repeat its keys and values k times. Of its logits only those
+        # of the last position are computed: (P, 1, V), not (P, N, V).
         out = model(input_ids=prompt, attention_mask=real, position_ids=positions(real),
                     use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
@@ -383,6 +384,7 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         logits, token = ctx.saved_tensors
+        # split gives views: what is copied into x is in the logits
         for x, y, g in zip(*(a.split(ctx.rows) for a in (logits, token, grad / ctx.temperature))):
             p = log_softmax(x, ctx.temperature).exp_()                              # (rows, V)
             p[torch.arange(len(y)), y] -= 1
@@ -398,8 +400,10 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
 
     WARNING  Logits come from the model's own forward. Multiplying hidden states with lm_head by hand misses the
     soft-capping and scaling of some models (Gemma, Cohere, Granite)."""
+    # A position predicts the next one. Of [0 5 6 | 7 8 2] the logits at 6, 7 and 8 are about 7, 8 and 2: those at the last
+    # T of the positions without the very last, which predicts nothing and is left out.
     token, seen = rollout.tokens[:, rollout.prompt_length:], rollout.attention_mask[:, :-1]  # (B, T), (B, S-1)
-    with autocast(model.device):  # the last token predicts nothing, so it is left out
+    with autocast(model.device):
         logits = model(input_ids=rollout.tokens[:, :-1], attention_mask=seen, position_ids=positions(seen),
                        use_cache=False, logits_to_keep=token.shape[1]).logits       # (B, T, V), column t predicts response token t
     logp = LogProbs.apply(logits.flatten(0, 1), token.flatten(), temperature, max(1, chunk // logits.shape[-1]))
@@ -416,6 +420,9 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
                 there is nothing to clip, and its gradient is grad log pi: REINFORCE. With it this is the clipped ratio
                 of PPO and GRPO, per token (Schulman et al. 2017, eq. 7).
     Statistics, both sums over tokens: `clipped`, how many ratios were cut, and `entropy`, -log pi in nats.
+
+    Example: advantage +2 and ratio 1.5: min(3, 1.2 * 2) = 2.4, flat, the token has been raised enough. Advantage -2 and ratio
+    1.5: min(-3, -2.4) = -3, not flat: a bad token that has become likelier is still pushed down.
 
     The denominator is responses x max_new_tokens, a constant. Dividing by the actual lengths would weigh the tokens of short
     answers more (right ones shrink, wrong ones grow) and make the gradient depend on how a batch is cut into micro-batches.
@@ -479,9 +486,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         if config.kernel == "quality":
             # An unbounded reward is squashed, for the kernel alone. The centre stays what the first rollout made it: moved
             # with the group, q_i would no longer depend on y_i alone.
-            unbounded = getattr(reward, "range", None) == (-math.inf, math.inf)
             center = memory.setdefault("center", quality.mean().item())
-            q = torch.sigmoid(quality - center) if unbounded else quality           # (P, k)
+            q = torch.sigmoid(quality - center) if getattr(reward, "range", None) == (-math.inf, math.inf) else quality
             demand("quality (for --kernel quality: in [0, 1])", q, repeated, rollout.texts, 0, 1)
             phi = quality_weighted(phi, q)
         gain = marginal_gains(phi)                                                  # (P, k), reported
@@ -492,8 +498,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     # detached, is the exact score-function gradient of KL(pi || pi_ref).
     # WARNING  Differentiating the popular k3 estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi)
     # instead. Here k3 is only reported.
-    size = config.micro_batch or P * k
-    pieces = rollout.mask.sum(1).argsort().cpu().split(size)  # by length, so that a micro-batch has little padding
+    # Micro-batches are cut by length, so that they have little padding.
+    pieces = rollout.mask.sum(1).argsort().cpu().split(config.micro_batch or P * k)
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
     old, kl, penalty = None, 0.0, torch.zeros(P, k)
 
@@ -565,6 +571,7 @@ def demand(what, values, rows, texts, low=-1e38, high=1e38):
 
 
 # ================================================================================================== loading
+# Nothing of the method from here on: folders and hub ids become a model and an encoder, or one clear line.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
