@@ -510,7 +510,7 @@ def main(argv=None):
     gpu = f", {torch.cuda.get_device_name()}" if o.device == "cuda" else ""
     print(f"torch {torch.__version__}, {o.threads} threads{gpu}. Medians, quartiles in brackets; ratio: how many times the other is ours,\n"
           f"or, where the target is a ceiling and where sizes double, ours over the other; median over pairs.\n"
-          f"{'row':<10}{'case':<30}{'ours':>26}  {'against':<20}{'other':>26}{'ratio':>22}  target")
+          f"{"row":<12}{"case":<30}{'ours':>26}  {'against':<20}{'other':>26}{'ratio':>22}  target")
     table = []
     for name in o.rows or ROWS:
         def show(case, unit, ours, against, other, target=None, growth=False, note=""):
@@ -525,7 +525,7 @@ def main(argv=None):
                 return f"{middle:.4g} {unit}".rstrip() + (f" ({low:.3g}-{high:.3g})" if low != high else "")
 
             verdict = "" if target is None else f"{target[0]} {target[1]:.3g} " + ("ok" if met else "MISSED")
-            print(f"{name:<10}{case:<30}{number(quartiles(ours), unit):>26}  {against:<20}{number(quartiles(other), unit):>26}"
+            print(f"{name:<12}{case:<30}{number(quartiles(ours), unit):>26}  {against:<20}{number(quartiles(other), unit):>26}"
                   f"{number(ratio, ''):>22}  {verdict:<15}{note}".rstrip(), flush=True)
 
         ROWS[name](o, show)
