@@ -510,7 +510,7 @@ def main(argv=None):
     gpu = f", {torch.cuda.get_device_name()}" if o.device == "cuda" else ""
     print(f"torch {torch.__version__}, {o.threads} threads{gpu}. Medians, quartiles in brackets; ratio: how many times the other is ours,\n"
           f"or, where the target is a ceiling and where sizes double, ours over the other; median over pairs.\n"
-          f"{"row":<12}{"case":<30}{'ours':>26}  {'against':<20}{'other':>26}{'ratio':>22}  target")
+          f"{'row':<12}{'case':<30}{'ours':>26}  {'against':<20}{'other':>26}{'ratio':>22}  target")
     table = []
     for name in o.rows or ROWS:
         def show(case, unit, ours, against, other, target=None, growth=False, note=""):
