@@ -55,6 +55,21 @@ def test_every_flag_and_file_it_names_exists():
         assert (dqo.ROOT / path).exists(), path
 
 
+def test_cities_are_those_of_the_csv():
+    rows = [r for r in csv.DictReader((dqo.ROOT / "data/results/cities.csv").open()) if r["template"] == "I recommend visiting {city}, {country}."]
+    lines = [x for x in README[README.index("## The geometry"):README.index("## The files")].splitlines() if re.match(r"\| (uniform|largest|the same)", x)]
+    assert len(rows) == len(lines) == 4
+    for row, line in zip(rows, lines):
+        shown = [x.strip() for x in line.strip("|").split("|")][1:]
+        assert shown == [row["cities_above_1_percent"], f"{float(row['effective_cities']):.1f}", f"{float(row['vendi']):.1f}",
+                         f"{float(row['distance']):.3f}", f"{float(row['log_det']):.3f}"], row["objective"]
+    first_four = [sum(sorted((float(x) for x in re.findall(r"([\d.]+) %", r["top"])), reverse=True)[:4]) for r in rows[1:]]
+    assert f"{first_four[0]:.0f} % on four" in README and f"the best for volume {first_four[2]:.0f} %" in README
+    all_rows = {(r["template"], r["objective"]): float(r["effective_cities"]) for r in csv.DictReader((dqo.ROOT / "data/results/cities.csv").open())}
+    ratios = [x / all_rows[t, "pairwise"] for (t, o), x in all_rows.items() if o == "volume"]
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as many" in README
+
+
 def test_results_are_those_of_the_csv():
     """Every cell of the results table: mean ± standard deviation over the runs in comparison.csv."""
     rows = list(csv.DictReader((dqo.ROOT / "data/results/comparison.csv").open()))
