@@ -387,7 +387,7 @@ class LogProbs(torch.autograd.Function):
         # split gives views: what is copied into x is in the logits
         for x, y, g in zip(*(a.split(ctx.rows) for a in (logits, token, grad / ctx.temperature))):
             p = log_softmax(x, ctx.temperature).exp_()                              # (rows, V)
-            p[torch.arange(len(y)), y] -= 1
+            p[torch.arange(len(y), device=y.device), y] -= 1
             x.copy_(p.mul_(-g[:, None]))
         return logits, None, None, None
 
