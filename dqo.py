@@ -55,9 +55,7 @@ transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what matter
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong, and the message says what, where, and what to do.
-
-    The drivers print it as one line and exit with status 2."""
+    """Something the user gave is wrong: one line on what, where, and what to do. The drivers print it and exit with status 2."""
 
 
 def option(default, meaning, **kw):
@@ -68,17 +66,16 @@ def option(default, meaning, **kw):
 @dataclass
 class Config:
     """Every hyper-parameter. `max_new_tokens` here is `--max-new-tokens` on the command line of train.py, which also
-    fills in what is None (`fill_defaults`): the right value depends on the model."""
+    fills in what is None (`fill_defaults`): the right value depends on the model (alpha's on the objective)."""
 
     # what is trained, on what, judged by whom
     model: str = option("data/tiny", "causal language model: folder or hub id")
-    data: str = option("instruct,summarize,story,reason", "tasks by name (data/tasks.py), or prompts: a .jsonl file, its https:// "
-                       "address, or a hub dataset")
+    data: str = option("instruct,summarize,story,reason", "tasks by name, or prompts: a .jsonl file, an https:// address, a hub dataset")
     reward: str | None = option(None, "reward by name, hf:MODEL, or file.py:function [the task's own]")
     encoder: str = option(MINILM, "sentence-transformers model whose space measures diversity")
     # the objective
-    objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise"))
-    alpha: float = option(1.0, "strength of the diversity bonus against quality", low=0)
+    objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise", "likelihood", "entropy", "darling", "dra"))
+    alpha: float | None = option(None, "strength of diversity [1; likelihood: 0.25; entropy: 0.01; darling, a cosine: 0.8]", low=0)
     kernel: str = option("plain", "quality: scale embeddings by sqrt(quality), so wrong answers span nothing", choices=("plain", "quality"))
     baseline: str = option("mean", "what is subtracted within a group", choices=("mean", "none", "std"))
     # the rollout
@@ -93,18 +90,13 @@ class Config:
     # WARNING  lr and beta go together: without the penalty a real model unlearns its language for the reward
     beta: float | None = option(None, "strength of the KL penalty to the starting model [data/tiny: 0; else 0.05]", low=0)
     lr: float | None = option(None, "learning rate of AdamW, constant, then linear to 0 [data/tiny: 3e-4; else 1e-6]", low=0)
-    micro_batch: int = option(16, "responses per backward pass; 0 = all at once; any value gives the same gradient", low=0)
-    gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, a third more time")
-    # the data and the run
-    limit: int = option(0, "use only the first N prompts of each task; 0 = all", low=0)
+    micro_batch: int | None = option(None, "responses per backward pass, same gradient at any value; 0 = all [data/tiny: 32; else 16]", low=0)
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
-    prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
-    answer_key: str = option("answer", "name of the answer in a .jsonl row")
     seed: int = option(0, "random seed", low=0)
-    out: str | None = option(None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
-    save_every: int = option(100, "steps between checkpoints, of which the last two are kept", low=1)
-    overwrite: bool = option(False, "replace the run folder when it holds another run")
-    resume: str | None = option(None, "continue the run in this folder after its last checkpoint; only --steps may be given beside it")
+
+    def __post_init__(self):
+        if self.alpha is None:
+            self.alpha = {"likelihood": 0.25, "entropy": 0.01, "darling": 0.8}.get(self.objective, 1.0)
 
     def check(self):
         """Refuse what cannot work. Raises BadInput with one line that says what to change."""
@@ -116,19 +108,20 @@ class Config:
                 raise BadInput(f"--{f.name} is {x}: choose from {', '.join(choices)}")
         # A baseline over the group needs two responses, a distance too. With a baseline, k samples estimate the diversity of
         # k - 1 (see `advantages`): for k = 2 that of one response, a constant. g_1 = g_2, and centring leaves nothing.
-        needed = 2 if self.objective == "pairwise" else 1
-        if self.baseline != "none":
-            needed = 2 if self.objective == "grpo" else 3
+        centred = self.baseline != "none"
+        needed = 1 + (centred or self.objective in ("pairwise", "darling")) + (centred and self.objective in ("dqo", "pairwise"))
         if self.k < needed:
             raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no signal of its own below k = {needed}; use that or more")
+        if self.alpha > (most := {"likelihood": 1.0, "darling": 0.999}.get(self.objective, math.inf)):
+            raise BadInput(f"--alpha {self.alpha}: for {self.objective} it must be at most {most}")
         if self.kernel == "quality" and self.objective != "dqo":
             raise BadInput(f"--kernel quality is defined for --objective dqo only, not for {self.objective}")
 
 
 # =================================================================================================== sample
 # k responses per prompt from the current policy. `model.generate` would do, but this loop is short, keeps the
-# log-probabilities as they are drawn, and hides nothing: full vocabulary, one temperature, no top-p, no top-k.
-# It runs each prompt once instead of k times, and lets rows leave the batch when they have ended.
+# log-probabilities as they are drawn, and hides nothing: full vocabulary, one temperature. It runs each prompt once
+# instead of k times, and lets rows leave the batch when they have ended.
 
 @dataclass
 class Rollout:
@@ -211,11 +204,11 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
 
     prompts: P texts, lists of chat messages, or lists of token ids (as `prompt_ids` gives them), of any lengths.
     Returns a Rollout; rows i*k ... i*k + k - 1 belong to prompt i. T is the longest response, at most max_new_tokens.
-    All parameters of the distribution are arguments: what the model's authors recommend for chatting (top-p, top-k,
-    their temperature) is not looked at, because the gradient needs the log-probabilities of the policy that sampled.
+    What the model's authors recommend for chatting (top-p, top-k, their temperature) is not looked at, because the gradient
+    needs the log-probabilities of the policy that sampled. The model is left in eval mode.
     Raises BadInput for a prompt without tokens and for a model without an end token."""
-    device, training = model.device, model.training
-    model.eval()  # gradient checkpointing in train mode would drop the KV cache
+    device = model.device
+    model.eval()  # and so it stays: gradient checkpointing in train mode would drop the KV cache
     ids = [p if isinstance(p, list) and p and isinstance(p[0], int) else prompt_ids(tokenizer, p) for p in prompts]
     if not all(ids):
         raise BadInput(f"prompt {[bool(x) for x in ids].index(False) + 1} of the batch has no tokens")
@@ -226,9 +219,8 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     # logits are the next-token distribution. With padding on the right the prompts would end at different columns.
     prompt = torch.tensor([[pad] * (N - len(x)) + x for x in ids], device=device)   # (P, N)
     real = torch.tensor([[0] * (N - len(x)) + [1] * len(x) for x in ids], device=device)  # (P, N) 0 where padded
-    tokens = torch.full((B, N + T), pad, device=device)                             # (B, S)
-    attention_mask = torch.zeros((B, N + T), dtype=torch.long, device=device)       # (B, S)
-    tokens[:, :N], attention_mask[:, :N] = prompt.repeat_interleave(k, 0), real.repeat_interleave(k, 0)
+    tokens = F.pad(prompt.repeat_interleave(k, 0), (0, T), value=pad)               # (B, S)
+    attention_mask = F.pad(real.repeat_interleave(k, 0), (0, T))                    # (B, S)
     logp = torch.zeros(B, T, device=device)                                         # (B, T)
 
     with autocast(device):
@@ -259,7 +251,6 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
                         past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]                                              # (R, V)
 
-    model.train(training)
     T = t + 1  # the longest response
     mask = attention_mask[:, N:N + T].bool()                                        # (B, T)
     ended = torch.isin(tokens[:, N:N + T], end) & mask                              # (B, T) at most one per row
@@ -329,21 +320,34 @@ def quality_weighted(phi, q):
 
 
 # =============================================================================================== advantages
-def diversity_bonus(objective, alpha, phi):
-    """What an objective adds to each response's quality, (P, k). One line per objective; phi: (P, k, D).
+def diversity_bonus(objective, alpha, quality, phi=None, logp=None):
+    """What an objective adds to each response's quality, (P, k), from its own group only. A reward: no derivative flows through it.
+    quality: (P, k);  phi: (P, k, D), not for grpo, likelihood, entropy;  logp: (P, k) mean log-probability per token
 
-    grpo      nothing (with the mean baseline this is Dr. GRPO, with `std` GRPO as published)
-    dqo       alpha * marginal gain                                                       Chen et al. 2025, the paper
-    pairwise  alpha * mean cosine distance to the others, the exact marginal gain of 1/(k-1) * sum_{i<j} (1 - L_ij)
-              (deviation, Chung et al. 2025, in RL form). The expected distance is 1 - ||E phi||^2, blind to all but the mean:
-              two tight clusters e1 e1 e2 e2 and four answers with all cosines 1/3 have the same mean distance, 2/3,
-              but log det(L + I) is 2.197 against 2.631.
-    It is a reward: no derivative flows through phi."""
+    grpo        nothing (with the mean baseline this is Dr. GRPO, with `std` GRPO as published)
+    dqo         alpha * marginal gain                                                           the paper, Chen et al. 2025
+    pairwise    alpha * mean cosine distance to the others (deviation, Chung et al. 2025, in RL form): the exact marginal gain
+                of 1/(k-1) * sum_{i<j} (1 - L_ij). Its expectation, 1 - ||E phi||^2, is blind to all but the mean: two clusters
+                e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, but log det(L + I) is 2.197 against 2.631
+    likelihood  r > 0 becomes r * (1 - alpha * rank / k), rank 0 the least likely     "Rewarding the Unlikely", He et al. 2025
+    darling     r becomes r * max(0.1, (k - size) / (k - 1)), size that of its cluster: all that are linked by cosines > alpha
+                (there a trained classifier decides)                                           DARLING, Li et al. 2025
+    dra         r > 0 becomes r / (sum_j max(L_ij, 0))^alpha, j = i included                    DRA-GRPO, Chen et al. 2025
+    entropy     nothing here, but something in each token's weight, see `dqo_step`              R1-zero-Div, Yao et al. 2025
+    The first three of these four ignore how y_i changes the rewards of the others: they follow no stated objective's gradient."""
+    k, r = quality.shape[1], quality.clamp(min=0)
     if objective == "dqo":
         return alpha * marginal_gains(phi)
     if objective == "pairwise":
-        return alpha * (1 - gram(phi)).sum(-1) / (phi.shape[-2] - 1)  # the diagonal adds 0
-    return torch.zeros(phi.shape[:-1])
+        return alpha * (1 - gram(phi)).sum(-1) / (k - 1)  # the diagonal adds 0
+    if objective == "likelihood":
+        return -alpha * r * (logp[:, :, None] > logp[:, None, :]).sum(-1) / k  # how many are less likely, wrong ones too
+    if objective == "darling":
+        cluster = (gram(phi) > alpha).double().matrix_power(k) > 0                  # (P, k, k) linked directly or through others
+        return quality * ((k - cluster.sum(-1)) / (k - 1)).clamp(min=0.1) - quality
+    if objective == "dra":
+        return r * gram(phi).clamp(min=0).sum(-1) ** -alpha - r
+    return torch.zeros_like(quality)
 
 
 def advantages(quality, bonus, baseline):
@@ -373,39 +377,46 @@ class LogProbs(torch.autograd.Function):
     The logits are the largest tensor of the run (8 GB in float32 for 64 x 256 x 128k). Autograd would keep their log-softmax
     beside them and make a gradient for each, four times as much; here it is the logits and a few rows. The gradient is
     simple enough: d log p[token] / d logits = (onehot(token) - p) / temperature.
-    WARNING  The logits are gone after the backward pass, so there can be only one."""
+    WARNING  The logits are gone after the forward pass, and their gradient after the backward pass: there can be only one."""
 
     @staticmethod
     def forward(ctx, logits, token, temperature, rows):
-        ctx.save_for_backward(logits, token)
-        ctx.temperature, ctx.rows = temperature, rows
-        return torch.cat([log_softmax(x, temperature).gather(1, y[:, None])[:, 0] for x, y in zip(logits.split(rows), token.split(rows))])
+        picked = []
+        for x, y in zip(logits.split(rows), token[:, None].split(rows)):  # views: what is copied into x is in the logits
+            log_probs = log_softmax(x, temperature)                                 # (rows, V)
+            picked.append(log_probs.gather(1, y))                                   # (rows, 1)
+            if ctx.needs_input_grad[0]:
+                x.copy_(log_probs.exp_().neg_().scatter_add_(1, y, torch.ones_like(picked[-1])) / temperature)
+        ctx.save_for_backward(logits)
+        return torch.cat(picked)[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        logits, token = ctx.saved_tensors
-        # split gives views: what is copied into x is in the logits
-        for x, y, g in zip(*(a.split(ctx.rows) for a in (logits, token, grad / ctx.temperature))):
-            p = log_softmax(x, ctx.temperature).exp_()                              # (rows, V)
-            p[torch.arange(len(y), device=y.device), y] -= 1
-            x.copy_(p.mul_(-g[:, None]))
-        return logits, None, None, None
+        return ctx.saved_tensors[0].mul_(grad[:, None]), None, None, None
 
 
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     """log pi(token | everything before it) of every response token, (B, T) float32, differentiable once; 0 outside `mask`.
 
-    One forward over prompt and response, padding hidden by the attention mask and the position ids: the numbers are
-    those of each row alone, and those that `sample` saw. chunk: so many logits are normalised at a time, at most.
+    Padding is hidden by the attention mask and the position ids: the numbers are those of each row alone, and those that
+    `sample` saw. chunk: so many logits are normalised at a time, at most.
 
     WARNING  Logits come from the model's own forward. Multiplying hidden states with lm_head by hand misses the
     soft-capping and scaling of some models (Gemma, Cohere, Granite)."""
     # A position predicts the next one. Of [0 5 6 | 7 8 2] the logits at 6, 7 and 8 are about 7, 8 and 2: those at the last
     # T of the positions without the very last, which predicts nothing and is left out.
     token, seen = rollout.tokens[:, rollout.prompt_length:], rollout.attention_mask[:, :-1]  # (B, T), (B, S-1)
+    tokens, n, cache = rollout.tokens[:, :-1], rollout.prompt_length - 1, None
     with autocast(model.device):
-        logits = model(input_ids=rollout.tokens[:, :-1], attention_mask=seen, position_ids=positions(seen),
-                       use_cache=False, logits_to_keep=token.shape[1]).logits       # (B, T, V), column t predicts response token t
+        # As in `sample`, rows of the same prompt share its keys and values: all of it but the last token is run once.
+        if n and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):  # that goes without a cache
+            prompt, which = torch.stack([tokens[:, :n], seen[:, :n]]).unique(dim=1, return_inverse=True)  # (2, p, n), (B,)
+            cache = model(input_ids=prompt[0], attention_mask=prompt[1], position_ids=positions(prompt[1]),
+                          use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_select_indices(which)
+            tokens = tokens[:, n:]                                                  # (B, T)
+        logits = model(input_ids=tokens, attention_mask=seen, position_ids=positions(seen)[:, -tokens.shape[1]:], past_key_values=cache,
+                       use_cache=cache is not None, logits_to_keep=token.shape[1]).logits  # (B, T, V), column t predicts response token t
     logp = LogProbs.apply(logits.flatten(0, 1), token.flatten(), temperature, max(1, chunk // logits.shape[-1]))
     return logp.view_as(token).masked_fill(~rollout.mask, 0.0)                      # (B, T)
 
@@ -451,18 +462,17 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     memory:    a dict that the caller keeps from step to step, and saves in order to resume exactly: known embeddings
                (see `embed`; in its last bits an embedding depends on the batch it was encoded in) and the centre of an
                unbounded reward
-    `metrics["samples"]` holds the groups themselves: one dict per response.
+    `samples` among the metrics holds the groups themselves: one dict per response.
     Raises BadInput when a number is not finite, with the response that it belongs to: before the weights are touched, but for
     the second and later epochs."""
     P, k = len(rows), config.k
     memory = {} if memory is None else memory
-    clock, last = {}, time.perf_counter()
+    clock, start = {}, time.perf_counter()
 
     def tick(name):  # wall time of the part that ends here
-        nonlocal last
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        clock[name], last = time.perf_counter() - last, time.perf_counter()
+        clock[name] = time.perf_counter() - start - sum(clock.values())
 
     # 1. k responses per prompt
     ids = [r.get("ids") or prompt_ids(tokenizer, r["prompt"], config.plain) for r in rows]
@@ -471,14 +481,13 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
     # 2. quality of each: the only place where the task comes in
     repeated = [r for r in rows for _ in range(k)]
-    scores = reward([r["prompt"] for r in repeated], rollout.texts, repeated)       # B floats
-    quality = torch.tensor(scores, dtype=torch.float32).view(P, k)                  # (P, k)
+    quality = torch.tensor(reward([r["prompt"] for r in repeated], rollout.texts, repeated), dtype=torch.float32).view(P, k)  # (P, k)
     demand("quality", quality, repeated, rollout.texts)
     tick("reward_s")
 
     # 3. the volume they span, and what each response adds to it
-    gain, bonus, volume = torch.full((P, k), math.nan), torch.zeros(P, k), math.nan  # of `grpo`, which embeds nothing
-    if config.objective != "grpo":
+    phi, gain, volume = None, torch.full((P, k), math.nan), math.nan
+    if config.objective not in ("grpo", "likelihood", "entropy"):  # they embed nothing
         phi = embed(encoder, rollout.texts, memory.setdefault("known", {})).view(P, k, -1)  # (P, k, D)
         demand("embedding", phi.sum(-1), repeated, rollout.texts)
         tick("embed_s")
@@ -491,76 +500,68 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
             demand("quality (for --kernel quality: in [0, 1])", q, repeated, rollout.texts, 0, 1)
             phi = quality_weighted(phi, q)
         gain = marginal_gains(phi)                                                  # (P, k), reported
-        bonus = diversity_bonus(config.objective, config.alpha, phi)                # (P, k), used
+    length = rollout.mask.sum(1)                                                    # (B,)
+    bonus = diversity_bonus(config.objective, config.alpha, quality, phi, (rollout.logp.sum(1) / length).view(P, k).cpu())  # (P, k), used
     tick("gains_s")
 
     # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref),
     # detached, is the exact score-function gradient of KL(pi || pi_ref).
     # WARNING  Differentiating the popular k3 estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi)
-    # instead. Here k3 is only reported.
-    # Micro-batches are cut by length, so that they have little padding.
-    pieces = rollout.mask.sum(1).argsort().cpu().split(config.micro_batch or P * k)
+    # instead. Here k3 is only reported. (Rows are cut into micro-batches by length, so that there is little padding.)
+    parts = [(s, rollout.rows(s)) for s in rollout.attention_mask.sum(1).argsort(stable=True).cpu().split(config.micro_batch or P * k)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
-    old, kl, penalty = None, 0.0, torch.zeros(P, k)
+    kl, penalty = 0.0, torch.zeros(P, k)
 
     @torch.no_grad()
     def scored_by(some_model):  # all rows, (B, T), zeros outside the mask
         logp = torch.zeros_like(rollout.logp)
-        for s in pieces:
-            part = rollout.rows(s)
+        for s, part in parts:
             logp[s, :part.mask.shape[1]] = token_logps(some_model, part, config.temperature)
         return logp
 
-    if config.epochs > 1 or config.beta > 0:
-        old = scored_by(model)  # not rollout.logp: in bf16 only the same forward gives a ratio of exactly 1
     if config.beta > 0:
-        log_ratio = old - scored_by(reference)                                      # (B, T)
+        log_ratio = scored_by(model) - scored_by(reference)                         # (B, T)
         penalty = config.beta * log_ratio.sum(1).view(P, k).cpu()                   # (P, k)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()          # k3, nats per response
 
     # 5. one weight per response, from its own group only
     advantage = advantages(quality - penalty, bonus, config.baseline)               # (P, k)
-    demand("advantage", advantage, repeated, rollout.texts)
-    weight = advantage.view(P * k).to(model.device)                                 # (B,) back in the order of the rows
+    weight = advantage.view(P * k, 1).to(model.device)                              # (B, 1) back in the order of the rows
+    if config.objective == "entropy":  # the entropy of right answers alone: of wrong ones it would make more
+        weight = weight - config.alpha * (quality >= 1).view(P * k, 1).to(model.device) * (rollout.logp + 1) / length[:, None]  # (B, T)
 
-    # 6. gradient ascent. One rollout is one optimizer step: on-policy, so no ratio and no clipping, unless --epochs asks
-    # for more out of the same samples; the statistics are then those of the last epoch.
-    total, drift = rollout.mask.sum().item(), 0.0
+    # 6. gradient ascent. One rollout is one optimizer step: on-policy, so the ratio is 1 and nothing is clipped, unless
+    # --epochs asks for more out of the same samples; the statistics are then those of the last epoch.
+    old, total = torch.zeros_like(rollout.logp), length.sum().item()                # (B, T)
     for epoch in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)  # whatever a caller may have left there
         loss, stats = 0.0, {"clipped": 0.0, "entropy": 0.0}
-        for s in pieces:
-            part = rollout.rows(s)
+        for s, part in parts:
             share = len(part.texts) / (P * k)  # every micro-batch counts by its responses: same sum as all at once
             logp = token_logps(model, part, config.temperature)                     # (b, T)
-            old_part = old[s, :logp.shape[1]] if config.epochs > 1 else None
+            if epoch == 0:  # of the weights that sampled; not rollout.logp: in bf16 only the same forward gives a ratio of exactly 1
+                old[s, :logp.shape[1]] = logp.detach()
             demand("log-probability", logp.detach().sum(1), [repeated[i] for i in s], part.texts)
-            part_loss, part_stats = policy_loss(logp, weight[s], part.mask, config.max_new_tokens, old_part, config.clip)
+            part_loss, part_stats = policy_loss(logp, weight[s, :logp.shape[1]], part.mask, config.max_new_tokens, old[s, :logp.shape[1]], config.clip)
             (part_loss * share).backward()
             loss += part_loss.item() * share
             stats = {key: stats[key] + part_stats[key] / total for key in stats}  # means over all tokens
-            # Scored against sampled, before any update: rounding only (1e-6 in float32, 1e-2 in bf16), or sampling and
-            # scoring do not see the same policy.
-            if epoch == 0:
-                drift += ((logp.detach() - part.logp).abs() * part.mask).sum().item() / total
         # Adam makes the scale of the loss irrelevant; this clip only tames outliers.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        i = weight.abs().argmax().item()  # the first suspect when the gradient of the batch is NaN or infinite
+        i = weight.abs().amax(1).argmax().item()  # the first suspect when the gradient of the batch is NaN or infinite
         demand("gradient", torch.tensor([grad_norm]), repeated[i:], rollout.texts[i:])
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # frees the memory for the next rollout
     tick("update_s")
 
-    # For the log: what is optimised (quality, gain), and what tells whether it goes well (README: "What the numbers mean").
-    metrics = dict(
+    # README, "What the numbers mean". `drift`, scored against sampled, is more than rounding if the two see different policies.
+    return dict(
         quality=quality.mean().item(), gain=gain.mean().item(), log_det=volume,
-        distinct=sum(len(set(rollout.texts[i:i + k])) for i in range(0, P * k, k)) / (P * k), length=rollout.mask.sum(1).float().mean().item(),
+        distinct=sum(len(set(rollout.texts[i:i + k])) for i in range(0, P * k, k)) / (P * k), length=total / (P * k),
         truncated=rollout.truncated.float().mean().item(), empty=sum(not t.strip() for t in rollout.texts) / (P * k),
-        kl=kl, loss=loss, grad_norm=grad_norm, drift=drift, **stats, **clock)
-    metrics["samples"] = [
-        dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
-        zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())]
-    return metrics
+        kl=kl, loss=loss, grad_norm=grad_norm, drift=(old - rollout.logp).abs().sum().item() / total, **stats, **clock,
+        samples=[dict(prompt=r["prompt"], response=t, quality=q, gain=g, advantage=a) for r, t, q, g, a in
+                 zip(repeated, rollout.texts, quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())])
 
 
 def demand(what, values, rows, texts, low=-1e38, high=1e38):

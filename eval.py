@@ -108,10 +108,19 @@ def cosine_distance(phi):
     return ((1 - gram(phi.double())).sum() / (k * (k - 1))).item()  # the diagonal adds 0
 
 
+def effective_diversity(correct, phi, same=0.9):
+    """Effective semantic diversity (Shypula et al. 2025): the share of pairs of responses that are both correct and mean
+    different things, which is here: their cosine is below `same`.    correct: k booleans;  phi: (k, D) unit-norm"""
+    right = torch.tensor(correct)                                                   # (k,)
+    pairs = right[:, None] & right & (gram(phi) < same)                             # (k, k), never i with itself
+    return pairs.sum().item() / (len(right) * (len(right) - 1))
+
+
 def group_metrics(texts, scores, phi, threshold=1.0):
-    """All metrics of one prompt's n responses: a dict of numbers, and of {n: number} for pass_at and max_at."""
-    n = len(texts)
-    correct = [s >= threshold for s in scores]
+    """All metrics of one prompt's n responses: a dict of numbers, and of {n: number} for pass_at and max_at.
+    `correct_...`: over the correct responses only, 0 if there are fewer than two."""
+    n, correct = len(texts), [s >= threshold for s in scores]
+    right = [t for t, c in zip(texts, correct) if c]
     sizes = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256) if m < n] + [n]
     return dict(
         quality=sum(scores) / n,
@@ -119,6 +128,9 @@ def group_metrics(texts, scores, phi, threshold=1.0):
         distinct_correct=len({normalize(t) for t, c in zip(texts, correct) if c}),
         distinct_1=distinct_n(texts, 1), distinct_4=distinct_n(texts, 4),
         self_bleu_diversity=1 - self_bleu(texts), self_rouge_diversity=1 - self_rouge(texts),
+        correct_distinct_4=distinct_n(right, 4) if len(right) > 1 else 0.0,
+        correct_self_bleu_diversity=1 - self_bleu(right) if len(right) > 1 else 0.0,
+        effective_diversity=effective_diversity(correct, phi),
         cosine_distance=cosine_distance(phi), vendi=vendi(phi), log_det=log_det(phi.double()).item())
 
 
@@ -197,6 +209,8 @@ def by_model(results):
 
 LABELS = dict(quality="quality", pass_at="pass@", max_at="max@", distinct_correct="distinct correct", distinct_1="distinct-1",
               distinct_4="distinct-4", self_bleu_diversity="1 - self-BLEU", self_rouge_diversity="1 - self-ROUGE-L",
+              correct_distinct_4="distinct-4, correct only", correct_self_bleu_diversity="1 - self-BLEU, correct only",
+              effective_diversity="effective semantic diversity",
               cosine_distance="cosine distance", vendi="Vendi score", log_det="log det", mean_tokens="tokens", truncated="truncated", nll="nll under the judge")
 
 
@@ -212,6 +226,19 @@ def table(results):
             for m in sizes if key == "pass_at" else sizes[-1:]:
                 pairs = [(v[m], s[m]) if m else (v, s) for v, s in cells]
                 lines.append(f"  {label}{m or ''}".ljust(44) + "".join(f"{v:.3f} ± {s:.3f}".rjust(width) for v, s in pairs))
+    return "\n".join(lines)
+
+
+def change(before, after):
+    """The few metrics that matter most, before -> after training: a line per task."""
+    (base,), (trained,) = by_model(before).values(), by_model(after).values()
+    n = str(base[0]["n"])
+    lines = [f"\n{sum(r['prompts'] for r in before)} test prompts, {n} responses each, base -> trained",
+             f"{'task':<12}{'quality':>15}{'pass@' + n:>16}{'distinct correct':>20}{'1 - self-BLEU':>17}{'log det':>18}"]
+    for b, a in zip(base, trained):
+        lines.append(f"{b['task']:<12}{b['quality']:>7.2f} -> {a['quality']:.2f}{b['pass_at'][n]:>8.2f} -> {a['pass_at'][n]:.2f}"
+                     f"{b['distinct_correct']:>11.1f} -> {a['distinct_correct']:4.1f}{b['self_bleu_diversity']:>9.2f} -> "
+                     f"{a['self_bleu_diversity']:.2f}{b['log_det']:>9.2f} -> {a['log_det']:5.2f}")
     return "\n".join(lines)
 
 
@@ -259,8 +286,8 @@ def flags():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, default=0, help="only the first N prompts of each task")
     p.add_argument("--plain", action="store_true", help="no chat template")
-    p.add_argument("--prompt-key", default=d.prompt_key)
-    p.add_argument("--answer-key", default=d.answer_key)
+    p.add_argument("--prompt-key", default="prompt")
+    p.add_argument("--answer-key", default="answer")
     p.add_argument("--judge", metavar="MODEL", help="also report the mean negative log-likelihood per token under this model (fluency)")
     p.add_argument("--json", metavar="FILE", help="write the results")
     p.add_argument("--samples", metavar="FILE", help="write every response with its quality, one JSON object per line")
@@ -280,6 +307,8 @@ def default_max_new_tokens(names):
 
 
 def compare(args):
+    if args.limit < 0:
+        raise BadInput(f"--limit {args.limit}: it must be at least 0 (all)")
     if args.n < 2:
         raise BadInput(f"--n {args.n}: diversity needs at least 2 responses per prompt")
     for path in filter(None, (args.json, args.plot, args.samples)):
@@ -289,7 +318,7 @@ def compare(args):
             raise BadInput(f"cannot write {path}: it is a folder")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens, limit=args.limit, seed=args.seed).check()
+    Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed).check()
     length = args.max_new_tokens or default_max_new_tokens(args.models)
     rows = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
     reward = load_reward(args.reward, args.data)

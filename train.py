@@ -38,21 +38,35 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data.tasks import check_rows, load_reward, load_rows
-from dqo import BadInput, Config, dqo_step, end_tokens, first_line, load_encoder, load_model
+from dqo import BadInput, Config, dqo_step, end_tokens, first_line, load_encoder, load_model, option
 
-# What the defaults of data/tiny were tuned to, and what any other model gets. A real model needs a small learning rate
-# and a KL penalty to stay fluent; the tiny one, whose rewards are strict, needs neither.
-TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640)
-OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256)
+# What data/tiny was tuned to, and what any other model gets: a real one needs a small learning rate and a KL penalty to stay
+# fluent. (The tiny one, whose rewards are strict, does not.)
+TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
+OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256, micro_batch=16)
 EVAL_PROMPTS, EVAL_N = 32, 16  # the table at the end: at most so many test prompts per task, so many responses each
 
 
 # ------------------------------------------------------------------------------------------------ configuration
+@dataclasses.dataclass
+class RunConfig(Config):
+    """The hyper-parameters, and what else a run needs. One flag per field."""
+
+    gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, a third more time")
+    limit: int = option(0, "use only the first N prompts of each task; 0 = all", low=0)
+    prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
+    answer_key: str = option("answer", "name of the answer in a .jsonl row")
+    out: str | None = option(None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
+    save_every: int = option(100, "steps between checkpoints, of which the last two are kept", low=1)
+    overwrite: bool = option(False, "replace the run folder when it holds another run")
+    resume: str | None = option(None, "continue the run in this folder after its last checkpoint; only --steps may be given beside it")
+
+
 def parse(argv=None):
-    """Config from the command line: one flag per field. With --resume it comes from the run, but for --steps."""
+    """RunConfig from the command line. With --resume it comes from the run, but for --steps."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
+    hints = typing.get_type_hints(RunConfig)
+    for f in dataclasses.fields(RunConfig):
         flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         text = f.metadata["help"] + ("" if f.default in (None, False) else f" [{f.default}]")
         if kind is bool:
@@ -61,7 +75,7 @@ def parse(argv=None):
             kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None -> int
             p.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=f.metadata.get("choices"), help=text)
     given = vars(p.parse_args(argv))  # only what was given: a default beside --resume is a contradiction too
-    config = Config(**given)
+    config = RunConfig(**given)
     if config.resume is not None:
         if changed := [name for name in given if name not in ("resume", "steps")]:
             raise BadInput(f"--{changed[0].replace('_', '-')} cannot be given with --resume: everything but --steps is taken from {config.resume}/run.json")
@@ -74,7 +88,7 @@ def resumed(given):
     """The configuration of the run to resume."""
     path = Path(given.resume) / "run.json"
     try:
-        config = Config(**json.loads(path.read_text())["config"])
+        config = RunConfig(**json.loads(path.read_text())["config"])
         steps = int(config.steps if given.steps is None else given.steps)
         dataclasses.replace(config, steps=steps).check()
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,8 +121,6 @@ def open_run(config):
         if not (config.overwrite and is_run):
             raise BadInput(f"--out {out} exists" + ("; --overwrite replaces it, --resume continues it" if is_run else " and is no run folder: name another"))
         shutil.rmtree(out)
-    with explained(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
     write_run(out, config)
     return out
 
@@ -116,15 +128,16 @@ def open_run(config):
 def write_run(out, config):
     versions = dict(python=platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, sentence_transformers)})
     with explained(f"cannot write to {out}"):
+        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "run.json", json.dumps(dict(config=dataclasses.asdict(config), versions=versions), indent=1))
 
 
 @contextlib.contextmanager
 def explained(what):
-    """A full disk or a missing right becomes one line instead of a traceback."""
+    """A full disk or a missing right becomes one line. Torch and safetensors wrap the operating system's errors."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's errors
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{what}: {getattr(error, 'strerror', None) or first_line(error) + ' (is the disk full?)'}") from None
 
 
@@ -136,9 +149,8 @@ def write_whole(path, text):
 
 
 def save_checkpoint(out, step, config, model, tokenizer, optimizer, memory, random_state):
-    """checkpoints/step-N: a model folder, and in state.pt everything else that the next step depends on.
-
-    Written under another name and renamed into place: a folder called step-N is complete, whenever the run is killed."""
+    """checkpoints/step-N: a model folder, and in state.pt everything else that the next step depends on. Written under another
+    name and renamed into place: a folder called step-N is complete, whenever the run is killed."""
     folder = out / "checkpoints"
     target, temporary = folder / f"step-{step}", folder / "writing"
     if target.exists():
@@ -205,8 +217,7 @@ def order(count, seed, epoch):
 def batch_of(rows, step, prompts, seed):
     """The rows of one step: shuffled passes over the data, and a function of (seed, step) alone."""
     where = (divmod(i, len(rows)) for i in range((step - 1) * prompts, step * prompts))
-    batch = [rows[order(len(rows), seed, epoch)[i]] for epoch, i in where]
-    return sorted(batch, key=lambda row: len(row["ids"]))  # so that a micro-batch has little padding
+    return [rows[order(len(rows), seed, epoch)[i]] for epoch, i in where]
 
 
 def show_group(step, samples, metrics):
@@ -236,16 +247,13 @@ def introduce(config, model, tokenizer, rows, done):
 
 
 def share_beyond_window(encoder, texts):
-    """Share of texts of which the encoder reads only the beginning, because they are longer than its window.
-
-    WARNING  Two long answers that begin alike are then duplicates to the kernel. Watch this with long responses."""
+    """Share of texts longer than the encoder's window. WARNING  It reads only their beginning: if that is alike, they are duplicates."""
     window = getattr(encoder, "max_seq_length", None) or math.inf
     long = [t for t in texts if len(t) > window - 2]  # a token is at least a character, and two are added
     return sum(len(ids) > window for ids in encoder.tokenizer(long, truncation=False).input_ids) / len(texts) if long else 0.0
 
 
-def train(config):
-    """Returns the exit status."""
+def train(config):  # returns the exit status
     start_from, done = config.model, 0
     if config.resume:
         out = Path(config.out)
@@ -264,7 +272,7 @@ def train(config):
     reference = load_model(config.model)[0].requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing:  # transformers before 5.20 knows it by its old name only
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     if config.resume:
         memory = restore(out, done, config, model, optimizer)
         with explained(f"cannot write to {out}"):
@@ -344,15 +352,8 @@ def report(config, base, model, tokenizer, encoder, reward, rows):
     """The table base -> trained on the test prompts, and what to type next."""
     common = dict(tokenizer=tokenizer, encoder=encoder, rows=rows, reward=reward, n=EVAL_N, max_new_tokens=config.max_new_tokens,
                   temperature=config.temperature, plain=config.plain)
-    before, after = (evaluation.by_model(evaluation.evaluate(name, m, **common))[name]
-                     for name, m in (("base", base), ("trained", model)))
-    print(f"\n{len(rows)} test prompts, {EVAL_N} responses each, base -> trained\n"
-          f"{'task':<12}{'quality':>15}{'pass@' + str(EVAL_N):>16}{'distinct correct':>20}{'1 - self-BLEU':>17}{'log det':>18}")
-    for b, a in zip(before, after):
-        print(f"{b['task']:<12}{b['quality']:>7.2f} -> {a['quality']:.2f}{b['pass_at'][str(EVAL_N)]:>8.2f} -> {a['pass_at'][str(EVAL_N)]:.2f}"
-              f"{b['distinct_correct']:>11.1f} -> {a['distinct_correct']:4.1f}{b['self_bleu_diversity']:>9.2f} -> {a['self_bleu_diversity']:.2f}"
-              f"{b['log_det']:>9.2f} -> {a['log_det']:5.2f}")
-    usual = {**vars(Config()), **(TINY if Path(config.model).name == "tiny" else OTHER)}
+    print(evaluation.change(evaluation.evaluate("base", base, **common), evaluation.evaluate("trained", model, **common)))
+    usual = {**vars(RunConfig(objective=config.objective)), **(TINY if Path(config.model).name == "tiny" else OTHER)}
     flags = lambda names: "".join(f" --{n.replace('_', '-')}" + ("" if x is True else f" {shlex.quote(str(x))}")
                                   for n, x in vars(config).items() if n in names and x != usual[n])
     same = flags(usual.keys() - {"objective", "alpha", "kernel", "out", "overwrite", "resume"})

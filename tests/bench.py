@@ -293,9 +293,9 @@ def loss_step(way, model, rollout, weight):
 
 
 def serve_loss(wait, answer, way, vocab, B, T, device, **_):
-    """The loss of B responses of T tokens behind prompts of T/4, forward and backward."""
+    """The loss of B responses of T tokens behind prompts of one, forward and backward."""
     torch.manual_seed(0)
-    N, model = T // 4, OnlyLogits(vocab).to(device)
+    N, model = 1, OnlyLogits(vocab).to(device)
     tokens, mask = torch.randint(vocab, (B, N + T), device=device), torch.ones(B, T, dtype=torch.bool, device=device)
     rollout = dqo.Rollout(tokens, torch.ones_like(tokens), N, mask, torch.zeros(B, T, device=device), [""] * B, mask[:, 0])
     weight = torch.randn(B, device=device)

@@ -49,7 +49,7 @@ def tiny(folder, without=(), **changes):
 
 def a_run(folder, of=None, width=None):
     """A run folder, with `of` also a checkpoint: of data/tiny and that configuration, its optimizer's state width numbers per parameter."""
-    config = Config(data="story", limit=2, k=3, prompts=1, steps=9, lr=1e-3, beta=0.0, max_new_tokens=24)
+    config = train.RunConfig(data="story", limit=2, k=3, prompts=1, steps=9, lr=1e-3, beta=0.0, max_new_tokens=24, micro_batch=32)
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(dict(config=dataclasses.asdict(config))))
     if of is not None:
@@ -119,7 +119,7 @@ BAD = [  # a command, and what its message must have
     ("TRAIN --encoder no/such", "the encoder no/such: ", "pass a folder"), ("EVAL data/tiny --encoder nothing", "the encoder nothing: "),
     # the run folder (8 is the default of k, but the run has another; "mine" would be deleted while it is trained)
     ("TRAIN --out plain.txt", "--out plain.txt"), ("TRAIN --out thesis", "--out thesis", "no run"),
-    ("TRAIN --out run", "--out run", "--overwrite", "--resume"), ("TRAIN --out plain.txt/run", "--out plain.txt/run: Not a directory"),
+    ("TRAIN --out run", "--out run", "--overwrite", "--resume"), ("TRAIN --out plain.txt/run", "plain.txt/run: Not a directory"),
     (f"TRAIN --out {'x' * 300}", "--out", "too long"), ("TRAIN --model mine --out mine --overwrite", "--out mine", "--model"),
     ("RESUME none", "none/run.json"), ("RESUME thesis", "thesis/run.json"), ("RESUME typed", "typed/run.json"),
     ("RESUME unstarted", "unstarted: no checkpoint"), ("RESUME run --lr 1e-3", "--lr", "--resume"), ("RESUME run --k 8", "--k", "--resume"),

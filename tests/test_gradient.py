@@ -39,7 +39,7 @@ def weights(logp, ref, k, beta, kernel, baseline):
     phi, q = PHI[groups], R[groups]
     phi = quality_weighted(phi, q) if kernel == "quality" else phi
     quality = q - beta * (logp - ref)[groups].detach()
-    return groups, advantages(quality, diversity_bonus("dqo", ALPHA, phi), baseline)
+    return groups, advantages(quality, diversity_bonus("dqo", ALPHA, quality, phi), baseline)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -75,7 +75,7 @@ def test_pairwise_bonus_is_a_marginal_gain():
     logp = torch.log_softmax(theta, 0)
     groups = torch.tensor(list(itertools.product(range(M), repeat=k)))
     phi = PHI[groups]
-    weight = advantages(R[groups], diversity_bonus("pairwise", ALPHA, phi), "none")
+    weight = advantages(R[groups], diversity_bonus("pairwise", ALPHA, R[groups], phi), "none")
     distance = (1 - phi @ phi.transpose(1, 2)).sum((1, 2)) / 2 / (k - 1)            # each pair once
     p = logp[groups].sum(1).exp()
     exact = torch.autograd.grad((p * (R[groups].sum(1) + ALPHA * distance)).sum(), theta, retain_graph=True)[0]
@@ -97,8 +97,8 @@ def test_baselines_by_hand():
 
 def test_two_responses_carry_no_diversity_signal():
     phi = PHI[:2][None]
-    torch.testing.assert_close(advantages(torch.zeros(1, 2, dtype=torch.float64), diversity_bonus("dqo", 1.0, phi), "mean"),
-                               torch.zeros(1, 2, dtype=torch.float64))
+    nothing = torch.zeros(1, 2, dtype=torch.float64)
+    torch.testing.assert_close(advantages(nothing, diversity_bonus("dqo", 1.0, nothing, phi), "mean"), nothing)
     for objective_ in ("dqo", "pairwise"):
         for baseline in ("mean", "std"):
             with pytest.raises(BadInput, match="k = 3"):

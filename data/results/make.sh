@@ -1,19 +1,76 @@
 #!/usr/bin/env bash
 # Remakes the tables and figures of the README from nothing, two runs at a time, one thread each.
-# Resumable: what is done is skipped. usage: bash data/results/make.sh
+# Resumable: a run that is there is not made again. usage: bash data/results/make.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 RUNS=runs/compare
 
-one() {  # one OBJECTIVE SEED
-  local run=runs/compare/$1-$2
-  [ -f "$run/eval.json" ] && return
-  python train.py --objective "$1" --seed "$2" --out "$run" --overwrite > "runs/compare/$1-$2.log" 2>&1
-  python eval.py "$run" --json "$run/eval.json" > /dev/null
+one() {  # one NAME FLAGS...: train and measure RUNS/NAME
+  local run=$RUNS/$1
+  [ -f "$run/model.safetensors" ] || python train.py --out "$run" --overwrite "${@:2}" > "$run.log" 2>&1
+  [ -f "$run/measured.json" ] || python data/results/measure.py "$run" >> "$run.log" 2>&1
 }
 export -f one
+two_at_a_time() { xargs -P 2 -L 1 bash -c 'one "$@"' one; }
 
-mkdir -p runs/compare
-[ -f runs/compare/base.json ] || python eval.py data/tiny --json runs/compare/base.json > /dev/null
-for seed in 0 1 2; do echo "dqo $seed"; echo "grpo $seed"; done | xargs -P 2 -L 1 bash -c 'one $0 $1'
+mkdir -p $RUNS
+python data/results/measure.py data/tiny  # the base, and from its states a second encoder, which is $RUNS/base-encoder
+
+# 1. Reward hacking: rewards that can be bought with what follows a right start, and a strength that is too large.
+two_at_a_time <<'JOBS'
+lax-grpo --data instruct,reason --steps 320 --reward data/results/lax.py:right_start --objective grpo
+lax-dqo --data instruct,reason --steps 320 --reward data/results/lax.py:right_start
+lax-kernel --data instruct,reason --steps 320 --reward data/results/lax.py:right_start --kernel quality
+lax-beta --data instruct,reason --steps 320 --reward data/results/lax.py:right_start --beta 0.1
+lax-strict --data instruct,reason --steps 320
+large-dqo --data instruct,reason --steps 320 --alpha 5
+large-kernel --data instruct,reason --steps 320 --alpha 5 --kernel quality
+large-beta --data instruct,reason --steps 320 --alpha 5 --beta 0.1
+JOBS
+
+# 2. Every objective at three strengths, seed 0. The strength is chosen on the training prompts.
+two_at_a_time <<'JOBS'
+grpo-s0 --objective grpo
+grpo_std-s0 --objective grpo --baseline std
+dqo-0.5-s0 --objective dqo --alpha 0.5
+dqo-1-s0 --objective dqo --alpha 1
+dqo-2-s0 --objective dqo --alpha 2
+pairwise-0.5-s0 --objective pairwise --alpha 0.5
+pairwise-1-s0 --objective pairwise --alpha 1
+pairwise-2-s0 --objective pairwise --alpha 2
+likelihood-0.25-s0 --objective likelihood --alpha 0.25
+likelihood-0.5-s0 --objective likelihood --alpha 0.5
+likelihood-1-s0 --objective likelihood --alpha 1
+entropy-0.01-s0 --objective entropy --alpha 0.01
+entropy-0.03-s0 --objective entropy --alpha 0.03
+entropy-0.1-s0 --objective entropy --alpha 0.1
+darling-0.7-s0 --objective darling --alpha 0.7
+darling-0.8-s0 --objective darling --alpha 0.8
+darling-0.9-s0 --objective darling --alpha 0.9
+dra-0.5-s0 --objective dra --alpha 0.5
+dra-1-s0 --objective dra --alpha 1
+dra-2-s0 --objective dra --alpha 2
+JOBS
+
+# 3. The chosen ones at two more seeds.
+for seed in 1 2; do
+  echo "grpo-s$seed --objective grpo --seed $seed"
+  echo "grpo_std-s$seed --objective grpo --baseline std --seed $seed"
+  python data/results/tables.py --chosen | while read -r objective alpha; do
+    echo "$objective-$alpha-s$seed --objective $objective --alpha $alpha --seed $seed"
+  done
+done | two_at_a_time
+
+# 4. Ablations of dqo, alpha = 1 unless said.
+for seed in 0 1 2; do
+  echo "dqo-1-s$seed --seed $seed"
+  echo "kernel_quality-s$seed --kernel quality --seed $seed"
+  echo "encoder_base-s$seed --encoder $RUNS/base-encoder --seed $seed"
+  echo "k4-s$seed --k 4 --prompts 16 --seed $seed"
+  echo "baseline_none-s$seed --baseline none --seed $seed"
+  echo "baseline_std-s$seed --baseline std --seed $seed"
+  echo "dqo-0.5-s$seed --alpha 0.5 --seed $seed"
+  echo "dqo-2-s$seed --alpha 2 --seed $seed"
+done | two_at_a_time
+
 python data/results/tables.py
