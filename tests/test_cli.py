@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dqo
 import eval
 import train
-from dqo import BadInput, Config, load_encoder, load_model, sample
+from dqo import BadInput, load_encoder, load_model, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = "step quality gain log_det distinct length truncated empty entropy kl loss grad_norm step_s".split()

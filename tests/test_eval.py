@@ -96,6 +96,24 @@ def test_group_metrics():
     assert graded["pass_at"]["1"] == 0.25 and graded["max_at"]["4"] == 1.0
 
 
+def test_effective_diversity():
+    """Of 4 responses the first three are correct and the first two nearly the same: the pairs (0, 2) and (1, 2) of 6 remain."""
+    phi = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, -1.0]]), dim=1)
+    assert ev.effective_diversity([True, True, True, False], phi) == pytest.approx(2 / 6)
+    assert ev.effective_diversity([True, True, True, False], phi, same=0.999) == pytest.approx(3 / 6)  # their cosine is 0.995
+    assert ev.effective_diversity([True, False, False, False], phi) == 0.0
+    assert ev.effective_diversity([True] * 4, torch.eye(4)) == 1.0
+
+
+def test_metrics_over_the_correct_responses_alone():
+    texts = ["a red cat sat down", "a red cat ran off", "x y z w v u", "a red cat sat down"]
+    m = ev.group_metrics(texts, [1.0, 1.0, 0.0, 0.5], torch.eye(4))
+    assert m["correct_distinct_4"] == ev.distinct_n(texts[:2], 4) == 1.0 and m["distinct_4"] < 1.0
+    assert m["correct_self_bleu_diversity"] == 1 - ev.self_bleu(texts[:2]) != m["self_bleu_diversity"]
+    lone = ev.group_metrics(texts, [1.0, 0.0, 0.0, 0.0], torch.eye(4))
+    assert lone["correct_distinct_4"] == lone["correct_self_bleu_diversity"] == lone["effective_diversity"] == 0.0
+
+
 def test_mean_and_standard_error():
     mean, se = ev.mean_and_se([1.0, 2.0, 3.0, 6.0])
     assert mean == 3.0 and se == pytest.approx((14 / 3) ** 0.5 / 2)

@@ -68,6 +68,20 @@ def test_std_is_not_that_gradient():
     assert 1 - F.cosine_similarity(estimate, exact, dim=0) > 1e-3  # not even its direction
 
 
+def test_differentiating_k3_is_the_other_kl():
+    """E over samples of the gradient of rho - 1 - log rho, rho = pi_ref/pi, is that of KL(pi_ref || pi). The log-ratio as a reward, which
+    test_categorical_policy checks with beta > 0, is KL(pi || pi_ref)."""
+    theta = torch.tensor([0.3, -0.5, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.log_softmax(torch.tensor([0.0, 0.4, -0.3, 0.2], dtype=torch.float64), 0)
+    logp = torch.log_softmax(theta, 0)
+    gradient = lambda x: torch.autograd.grad(x, theta, retain_graph=True)[0]
+    k3 = gradient((logp.exp().detach() * ((ref - logp).exp() - 1 - (ref - logp))).sum())
+    torch.testing.assert_close(k3, gradient((ref.exp() * (ref - logp)).sum()), rtol=0, atol=1e-12)
+    as_reward = gradient((logp.exp().detach() * (logp - ref).detach() * logp).sum())
+    torch.testing.assert_close(as_reward, gradient((logp.exp() * (logp - ref)).sum()), rtol=0, atol=1e-12)
+    assert (k3 - as_reward).abs().max() > 1e-2
+
+
 def test_pairwise_bonus_is_a_marginal_gain():
     """Its weights follow E[ sum r + alpha/(k-1) * sum_{i<j} (1 - L_ij) ]."""
     k = 3

@@ -1,4 +1,9 @@
-"""Turns the runs of make.sh into the CSVs and figures beside this file."""
+"""From the runs of make.sh to the CSVs beside this file, and from these to the README's tables and pictures.
+
+    python data/results/tables.py              # both
+    python data/results/tables.py --show       # the tables and pictures from the CSVs that are there
+    python data/results/tables.py --chosen     # the strength of each objective that seed 0 chooses on the training prompts
+"""
 
 import csv
 import json
@@ -9,57 +14,288 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import eval as evaluation  # noqa: E402
+from data.tasks import load_reward, load_rows  # noqa: E402
 
-RUNS, SEEDS, OBJECTIVES = Path("runs/compare"), (0, 1, 2), ("grpo", "dqo")
-COLUMNS = ["quality", "pass_at", "distinct_correct", "distinct_4", "self_bleu_diversity", "self_rouge_diversity", "cosine_distance", "vendi", "log_det"]
-
-
-def number(result, column):
-    return result[column][str(result["n"])] if column == "pass_at" else result[column]
-
-
-def load():
-    """{(model, seed): {task: result}}, with the average over tasks."""
-    files = {("base", 0): RUNS / "base.json"} | {(o, s): RUNS / f"{o}-{s}/eval.json" for o in OBJECTIVES for s in SEEDS}
-    results = {}
-    for key, file in files.items():
-        tasks = json.loads(file.read_text())
-        results[key] = {r["task"]: r for r in tasks + [evaluation.average(tasks)]}
-    return results
+RUNS, SEEDS = Path("runs/compare"), (0, 1, 2)
+STRENGTHS = dict(dqo=(0.5, 1, 2), pairwise=(0.5, 1, 2), likelihood=(0.25, 0.5, 1), entropy=(0.01, 0.03, 0.1), darling=(0.7, 0.8, 0.9), dra=(0.5, 1, 2))
+ABLATIONS = {"dqo, alpha = 1": "dqo-1", "alpha = 0 (grpo)": "grpo", "alpha = 0.5": "dqo-0.5", "alpha = 2": "dqo-2", "k = 4, 16 prompts": "k4",
+             "baseline none": "baseline_none", "baseline std": "baseline_std", "kernel quality": "kernel_quality",
+             "encoder: base model's states": "encoder_base"}
+HACKS = dict(lax=("grpo", "dqo", "kernel", "beta", "strict"), large=("dqo", "kernel", "beta"))
+HACK_NAMES = {"lax-grpo": "lax reward, grpo", "lax-dqo": "lax reward, dqo", "lax-kernel": "lax reward, quality kernel", "lax-beta": "lax reward, β = 0.1",
+              "lax-strict": "strict reward, dqo", "large-dqo": "strict reward, α = 5", "large-kernel": "the same, quality kernel", "large-beta": "the same, β = 0.1"}
+# column of a CSV: where it stands in a result of eval.py
+COLUMNS = {"quality": "quality", **{f"pass_at_{n}": ("pass_at", str(n)) for n in (1, 2, 4, 8, 16)},
+           **{c: c for c in ("distinct_correct", "effective_diversity", "distinct_1", "distinct_4", "self_bleu_diversity", "self_rouge_diversity",
+                             "correct_distinct_4", "correct_self_bleu_diversity", "cosine_distance", "vendi", "log_det")},
+           **{f"second_{c}": ("second", c) for c in ("effective_diversity", "cosine_distance", "vendi", "log_det")}, "mean_tokens": "mean_tokens"}
 
 
-def main():
-    results = load()
-    tasks = list(results["base", 0])
-    with open(HERE / "comparison.csv", "w", newline="") as f:
+def tasks_of(path, split="test"):
+    """{task: result} of a file of measure.py, with the average over the tasks."""
+    results = json.loads(path.read_text())[split]
+    return {r["task"]: r for r in results + [evaluation.average(results)]}
+
+
+def of_run(name, split="test"):
+    return tasks_of(RUNS / name / "measured.json", split)
+
+
+def value(result, column):
+    at = COLUMNS[column]
+    return result[at[0]][at[1]] if isinstance(at, tuple) else result[at]
+
+
+def mean_std(x, digits):
+    return f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
+
+
+def chosen():
+    """{objective: strength}: the most distinct correct answers to the training prompts at seed 0, among the strengths whose
+    quality is at most 0.03 below grpo's; if there is none, the best quality."""
+    floor = of_run("grpo-s0", "train")["average"]["quality"] - 0.03
+    best = {}
+    for objective, strengths in STRENGTHS.items():
+        on_train = {a: of_run(f"{objective}-{a}-s0", "train")["average"] for a in strengths}
+        good = [a for a in strengths if on_train[a]["quality"] >= floor]
+        best[objective] = max(good, key=lambda a: on_train[a]["distinct_correct"]) if good else max(strengths, key=lambda a: on_train[a]["quality"])
+    return best
+
+
+def write(name, header, rows):
+    with open(HERE / name, "w", newline="") as f:
         out = csv.writer(f, lineterminator="\n")
-        out.writerow(["task", "model", "seed"] + [c + ("_16" if c == "pass_at" else "") for c in COLUMNS])
+        out.writerow(header)
+        out.writerows(rows)
+
+
+def history(name):
+    return [json.loads(x) for x in (RUNS / name / "metrics.jsonl").open()]
+
+
+def over_20_steps(rows):
+    """[(step, numbers...)] -> the same, averaged over 20 steps each."""
+    return [[rows[i + 19][0], *(f"{statistics.mean(x):.4f}" for x in list(zip(*rows[i:i + 20]))[1:])] for i in range(0, len(rows), 20)]
+
+
+def rewarded_and_right(name, strict, row_of):
+    """Per step of a run: (step, mean reward, share that is entirely right, tokens, share of different texts in a group)."""
+    steps = {}
+    for line in (RUNS / name / "samples.jsonl").open():
+        sample = json.loads(line)
+        steps.setdefault(sample["step"], []).append(sample)
+    for m, samples in zip(history(name), steps.values()):
+        right = strict(None, [s["response"] for s in samples], [row_of[s["prompt"]] for s in samples])
+        yield m["step"], m["quality"], statistics.mean(right), m["length"], m["distinct"]
+
+
+def gather():
+    """The CSVs, from the runs."""
+    best = chosen()
+    rows = [[objective, a, split, *(f"{r[c]:.4f}" for c in ("quality", "distinct_correct", "effective_diversity")), "yes" * (best[objective] == a)]
+            for objective, tried in STRENGTHS.items() for a in tried for split in ("train", "test")
+            for r in [of_run(f"{objective}-{a}-s0", split)["average"]]]
+    write("strengths.csv", ["objective", "alpha", "split", "quality", "distinct_correct", "effective_diversity", "chosen"], rows)
+
+    runs = {("base", "", ""): tasks_of(RUNS / "base.json")}
+    names = {("grpo", ""): "grpo", ("grpo_std", ""): "grpo_std", **{(o, a): f"{o}-{a}" for o, a in best.items()}, **{("dqo", a): f"dqo-{a}" for a in STRENGTHS["dqo"]}}
+    runs |= {(o, a, s): of_run(f"{name}-s{s}") for (o, a), name in names.items() for s in SEEDS}
+    write("comparison.csv", ["objective", "alpha", "seed", "task", *COLUMNS],
+          [[*key, task, *(f"{value(r, c):.4f}" for c in COLUMNS)] for key, tasks in runs.items() for task, r in tasks.items()])
+
+    write("ablations.csv", ["setting", "seed", "task", *COLUMNS],
+          [[setting, s, task, *(f"{value(r, c):.4f}" for c in COLUMNS)] for setting, name in ABLATIONS.items() for s in SEEDS
+           if (RUNS / f"{name}-s{s}" / "measured.json").exists() for task, r in of_run(f"{name}-s{s}").items()])
+
+    write("training.csv", ["objective", "seed", "step", "quality", "distinct", "entropy"],
+          [[o, s, *row] for o, name in (("grpo", "grpo"), ("dqo", "dqo-1")) for s in SEEDS
+           for row in over_20_steps([(m["step"], m["quality"], m["distinct"], m["entropy"]) for m in history(f"{name}-s{s}")])])
+
+    data = "instruct,reason"
+    strict, row_of = load_reward(None, data), {r["prompt"]: r for r in load_rows(data, "train")}
+    write("hacking.csv", ["run", "step", "reward", "entirely_right", "tokens", "distinct"],
+          [[f"{setting}-{run}", *row] for setting, runs_ in HACKS.items() for run in runs_
+           for row in over_20_steps(list(rewarded_and_right(f"{setting}-{run}", strict, row_of)))])
+
+
+# ------------------------------------------------------------------------------------------ the README's tables
+def read(name):
+    return list(csv.DictReader((HERE / name).open()))
+
+
+def markdown(header, rows):
+    print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
+
+
+def pick(rows, column, **which):
+    """The numbers of a column, one per seed."""
+    return [float(r[column]) for r in rows if all(r[k] == v for k, v in which.items())]
+
+
+def everybody():
+    """[(objective, strength)] of the comparison, in order."""
+    return [("grpo", ""), ("grpo_std", ""), *((r["objective"], r["alpha"]) for r in read("strengths.csv") if r["chosen"] and r["split"] == "train")]
+
+
+def label(objective, alpha):
+    return {"grpo_std": "grpo, `--baseline std`"}.get(objective, objective) + (f", α = {alpha}" if alpha else "")
+
+
+def show_comparison():
+    rows, tasks = read("comparison.csv"), list(dict.fromkeys(r["task"] for r in read("comparison.csv")))
+    cell = lambda o, a, task, column, digits: mean_std(pick(rows, column, objective=o, alpha=a, task=task), digits)
+    columns = dict(quality=2, pass_at_4=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, correct_self_bleu_diversity=2, log_det=2)
+    markdown(["mean over the tasks", "quality", "pass@4", "distinct correct of 16", "effective diversity", "the same, second encoder",
+              "1 - self-BLEU, correct only", "log det"],
+             [[label(o, a), *(cell(o, a, "average", c, digits) for c, digits in columns.items())] for o, a in [("base", ""), *everybody()]])
+    markdown(["quality; distinct correct", *tasks[:-1]],
+             [[label(o, a), *(f"{cell(o, a, t, 'quality', 2)}; {cell(o, a, t, 'distinct_correct', 1)}" for t in tasks[:-1])] for o, a in [("base", ""), *everybody()]])
+
+    # dqo at the strength whose mean quality is closest to the other's, against it, task by task
+    table = []
+    for other, alpha in everybody():
+        if other == "dqo":
+            continue
+        table.append([label(other, alpha)])
         for task in tasks:
-            for (model, seed), rs in results.items():
-                out.writerow([task, model, seed if model != "base" else ""] + [f"{number(rs[task], c):.4f}" for c in COLUMNS])
+            mean = lambda o, a, column: statistics.mean(pick(rows, column, objective=o, alpha=a, task=task))
+            quality = mean(other, alpha, "quality")
+            a = min(map(str, STRENGTHS["dqo"]), key=lambda a: abs(mean("dqo", a, "quality") - quality))
+            ratio, gap = mean("dqo", a, "distinct_correct") / mean(other, alpha, "distinct_correct"), mean("dqo", a, "quality") - quality
+            table[-1].append(f"{ratio:.2f}" + (f" ({gap:+.2f})" if abs(gap) > 0.02 else ""))
+    markdown(["distinct correct, dqo / other", *tasks], table)
 
-    print("| task | | quality | pass@16 | distinct correct of 16 | 1 - self-BLEU | log det |\n|---|---|---|---|---|---|---|")
-    for task in tasks:
-        for model in ("base", *OBJECTIVES):
-            cells = []
-            for c, digits in (("quality", 2), ("pass_at", 2), ("distinct_correct", 1), ("self_bleu_diversity", 2), ("log_det", 2)):
-                x = [number(results[model, s][task], c) for s in SEEDS if (model, s) in results]
-                cells.append(f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else ""))
-            print(f"| {task if model == 'base' else ''} | {model} | " + " | ".join(cells) + " |")
 
-    for s in SEEDS:  # the promises, one by one
-        for task in tasks[:-1]:
-            b, g, d = (results[key][task] for key in (("base", 0), ("grpo", s), ("dqo", s)))
-            checks = {"quality >= base + 0.1": d["quality"] >= b["quality"] + 0.1, "quality >= grpo - 0.03": d["quality"] >= g["quality"] - 0.03,
-                      "distinct correct >= base": d["distinct_correct"] >= b["distinct_correct"], "pass@16 >= grpo": number(d, "pass_at") >= number(g, "pass_at")}
-            print(f"seed {s} {task:10s} " + "  ".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in checks.items()))
-    ratio = [results["dqo", s]["average"]["distinct_correct"] / results["grpo", s]["average"]["distinct_correct"] for s in SEEDS]
-    print("distinct correct, dqo / grpo, per seed: " + ", ".join(f"{x:.2f}" for x in ratio))
+def show_ablations():
+    rows, table = read("ablations.csv"), []
+    columns = dict(quality=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, log_det=2, second_log_det=2)
+    for setting in ABLATIONS:
+        numbers = {c: pick(rows, c, setting=setting, task="average") for c in columns}
+        table.append([setting, *(mean_std(numbers[c], digits) for c, digits in columns.items()), str(len(numbers["quality"]))])
+    markdown(["mean over the tasks", "quality", "distinct correct", "effective diversity", "second encoder", "log det", "second encoder", "seeds"], table)
 
-    seed0 = [r for model in ("base", *OBJECTIVES) for r in results[model, 0].values() if r["task"] != "average"]
-    names = {"data/tiny": "base", "runs/compare/grpo-0": "grpo", "runs/compare/dqo-0": "dqo"}
-    evaluation.plot([dict(r, model=names[r["model"]]) for r in seed0], HERE / "plane.png")
+
+def show_strengths():
+    markdown(["objective", "α", "quality", "distinct correct", "effective diversity", "chosen"],
+             [[r["objective"], r["alpha"], *(f"{float(r[c]):.{d}f}" for c, d in (("quality", 2), ("distinct_correct", 1), ("effective_diversity", 2))), r["chosen"]]
+              for r in read("strengths.csv") if r["split"] == "train"])
+
+
+def show_hacking():
+    last = {r["run"]: r for r in read("hacking.csv")}  # of each run
+    markdown(["last 20 steps", "reward", "entirely right", "tokens", "different texts in a group"],
+             [[HACK_NAMES[run], *(f"{float(r[c]):.{d}f}" for c, d in (("reward", 2), ("entirely_right", 2), ("tokens", 1), ("distinct", 2)))] for run, r in last.items()])
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+COLORS = dict(base="#555555", grpo="#d62728", grpo_std="#ff9896", dqo="#1f77b4", pairwise="#2ca02c", likelihood="#8c564b", entropy="#e377c2", darling="#9467bd", dra="#ff7f0e")
+
+
+def plain_axes(plt, panels, size):
+    fig, axes = plt.subplots(1, panels, figsize=size, squeeze=False)
+    for ax in axes[0]:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes[0]
+
+
+def label_ends(ax, ends, x, gap, ha="left"):
+    """Names beside the ends of curves, pushed apart where they would overlap. ends: [(y, name, color)]"""
+    last = -float("inf")
+    for y, name, color in sorted(ends):
+        last = max(y, last + gap)
+        ax.text(x, last, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
+
+
+def pictures():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read("comparison.csv")
+    numbers = lambda o, a, column, task="average": pick(rows, column, objective=o, alpha=a, task=task)
+    mean = lambda *which: statistics.mean(numbers(*which))
+
+    fig, axes = plain_axes(plt, 2, (11, 4.8))
+    alphas = [str(a) for a in STRENGTHS["dqo"]]
+    for ax, column, name in zip(axes, ("distinct_correct", "effective_diversity"), ("distinct correct responses of 16", "effective semantic diversity")):
+        ax.plot(*zip(*((mean(o, a, column), mean(o, a, "quality")) for o, a in [("grpo", ""), *(("dqo", a) for a in alphas)])), "-", color=COLORS["dqo"], lw=1, alpha=0.5)
+        for o, a in [*(x for x in everybody() if x[0] != "dqo"), *(("dqo", a) for a in alphas)]:
+            x, y = numbers(o, a, column), numbers(o, a, "quality")
+            at = statistics.mean(x), statistics.mean(y)
+            ax.errorbar(*at, xerr=statistics.stdev(x), yerr=statistics.stdev(y), fmt="o", color=COLORS[o], ms=6, lw=0.8)
+            text = {"grpo_std": "grpo, std"}.get(o, o) + f" {a}" * bool(a)
+            ax.annotate(text, at, color=COLORS[o], weight="bold", fontsize=8, xytext=PLACES.get((column, text), (6, 5)), textcoords="offset points")
+        ax.set(xlabel=name, ylabel="quality")
+    base = [mean("base", "", c) for c in ("quality", "distinct_correct", "effective_diversity")]
+    fig.suptitle(f"mean over four tasks, ± standard deviation over 3 seeds; line: dqo over α (base model: quality {base[0]:.2f}, {base[1]:.1f} distinct correct, "
+                 f"effective diversity {base[2]:.2f})", fontsize=9)
+    fig.tight_layout()
+    fig.savefig(HERE / "plane.png", dpi=150)
+
+    fig, axes = plain_axes(plt, 2, (11, 4.2))
+    sizes = (1, 2, 4, 8, 16)
+    for ax, task, title in zip(axes, ("average", "reason"), ("mean over the tasks", "reason")):
+        ends = []
+        for o, a in [("base", ""), *everybody()]:
+            ys = [mean(o, a, f"pass_at_{n}", task) for n in sizes]
+            ax.plot(sizes, ys, "o-", color=COLORS[o], ms=3, lw=1)
+            ends.append((ys[0], o.replace("_", ", "), COLORS[o]))
+        label_ends(ax, ends, 0.95, 0.028, ha="right")
+        ax.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.55, 18))
+        ax.set_xticks(sizes, sizes)
+        ax.minorticks_off()
+    fig.tight_layout()
+    fig.savefig(HERE / "pass.png", dpi=150)
+
+    fig, axes = plain_axes(plt, 3, (12, 3.8))
+    rows = read("training.csv")
+    for ax, column, title in zip(axes, ("quality", "distinct", "entropy"), ("quality", "share of different texts in a group", "entropy (nats per token)")):
+        ends = []
+        for o in ("grpo", "dqo"):
+            for seed in map(str, SEEDS):
+                x, y = (pick(rows, c, objective=o, seed=seed) for c in ("step", column))
+                ax.plot(x, y, color=COLORS[o], lw=0.9, alpha=0.8)
+            ends.append((statistics.mean(pick(rows, column, objective=o, step=str(int(x[-1])))), o, COLORS[o]))
+        label_ends(ax, ends, x[-1], 0.06 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
+        ax.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.12))
+    fig.tight_layout()
+    fig.savefig(HERE / "training.png", dpi=150)
+
+    fig, axes = plain_axes(plt, 4, (14, 3.8))
+    colors = {"grpo": COLORS["grpo"], "dqo": COLORS["dqo"], "kernel": "#2ca02c", "beta": "#9467bd", "strict": "#ff7f0e"}
+    rows = read("hacking.csv")
+    for ax, (setting, column, title) in zip(axes, (("lax", "entirely_right", "lax reward: entirely right"), ("lax", "tokens", "lax reward: tokens per response"),
+                                                   ("large", "entirely_right", "α = 5: quality"), ("large", "distinct", "α = 5: share of different texts"))):
+        ends = []
+        for run in HACKS[setting]:
+            x, y = (pick(rows, c, run=f"{setting}-{run}") for c in ("step", column))
+            ax.plot(x, y, color=colors[run], lw=1.2)
+            ends.append((y[-1], HACK_NAMES[f"{setting}-{run}"].split(", ", 1)[1], colors[run]))
+        label_ends(ax, ends, x[-1], 0.07 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
+        ax.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.5))
+        ax.set_xticks([0, 100, 200, 300])
+    fig.tight_layout()
+    fig.savefig(HERE / "hacking.png", dpi=150)
+
+
+PLACES = {}  # (column, label): where a label goes that would otherwise overlap another
+
+
+def show():
+    show_comparison()
+    show_ablations()
+    show_strengths()
+    show_hacking()
+
+
+def main(argv):
+    if argv == ["--chosen"]:
+        return print("\n".join(f"{o} {a}" for o, a in chosen().items()))
+    if argv != ["--show"]:
+        gather()
+    show()
+    pictures()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
