@@ -66,7 +66,7 @@ def option(default, meaning, **kw):
 @dataclass
 class Config:
     """Every hyper-parameter. `max_new_tokens` here is `--max-new-tokens` on the command line of train.py, which also
-    fills in what is None (`fill_defaults`): the right value depends on the model (alpha's on the objective)."""
+    fills in what is None (`fill_defaults`): the right value depends on the model (alpha's on the objective, `__post_init__`)."""
 
     # what is trained, on what, judged by whom
     model: str = option("data/tiny", "causal language model: folder or hub id")
@@ -75,7 +75,7 @@ class Config:
     encoder: str = option(MINILM, "sentence-transformers model whose space measures diversity")
     # the objective
     objective: str = option("dqo", "what is optimised", choices=("dqo", "grpo", "pairwise", "likelihood", "entropy", "darling", "dra"))
-    alpha: float | None = option(None, "strength of diversity [1; likelihood: 0.25; entropy: 0.01; darling, a cosine: 0.8]", low=0)
+    alpha: float | None = option(None, "strength of diversity [1; likelihood: 0.25; entropy: 0.01]; for darling the cosine of equal answers [0.8]", low=0)
     kernel: str = option("plain", "quality: scale embeddings by sqrt(quality), so wrong answers span nothing", choices=("plain", "quality"))
     baseline: str = option("mean", "what is subtracted within a group", choices=("mean", "none", "std"))
     # the rollout
@@ -109,7 +109,7 @@ class Config:
         # A baseline over the group needs two responses, a distance too. With a baseline, k samples estimate the diversity of
         # k - 1 (see `advantages`): for k = 2 that of one response, a constant. g_1 = g_2, and centring leaves nothing.
         centred = self.baseline != "none"
-        needed = 1 + (centred or self.objective in ("pairwise", "darling")) + (centred and self.objective in ("dqo", "pairwise"))
+        needed = 1 + (centred or self.objective not in ("grpo", "entropy")) + (centred and self.objective in ("dqo", "pairwise"))
         if self.k < needed:
             raise BadInput(f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no signal of its own below k = {needed}; use that or more")
         if self.alpha > (most := {"likelihood": 1.0, "darling": 0.999}.get(self.objective, math.inf)):
@@ -119,9 +119,8 @@ class Config:
 
 
 # =================================================================================================== sample
-# k responses per prompt from the current policy. `model.generate` would do, but this loop is short, keeps the
-# log-probabilities as they are drawn, and hides nothing: full vocabulary, one temperature. It runs each prompt once
-# instead of k times, and lets rows leave the batch when they have ended.
+# k responses per prompt from the current policy. `model.generate` would do, but this loop is short, keeps the log-probabilities
+# as they are drawn, and hides nothing. It runs each prompt once instead of k times, and lets rows leave when they have ended.
 
 @dataclass
 class Rollout:
@@ -329,22 +328,22 @@ def diversity_bonus(objective, alpha, quality, phi=None, logp=None):
     pairwise    alpha * mean cosine distance to the others (deviation, Chung et al. 2025, in RL form): the exact marginal gain
                 of 1/(k-1) * sum_{i<j} (1 - L_ij). Its expectation, 1 - ||E phi||^2, is blind to all but the mean: two clusters
                 e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, but log det(L + I) is 2.197 against 2.631
-    likelihood  r > 0 becomes r * (1 - alpha * rank / k), rank 0 the least likely     "Rewarding the Unlikely", He et al. 2025
+    likelihood  r becomes r * (1 - alpha * rank / k), rank 0 the least likely per token   "Rewarding the Unlikely", He et al. 2025
     darling     r becomes r * max(0.1, (k - size) / (k - 1)), size that of its cluster: all that are linked by cosines > alpha
                 (there a trained classifier decides)                                           DARLING, Li et al. 2025
-    dra         r > 0 becomes r / (sum_j max(L_ij, 0))^alpha, j = i included                    DRA-GRPO, Chen et al. 2025
-    entropy     nothing here, but something in each token's weight, see `dqo_step`              R1-zero-Div, Yao et al. 2025
-    The first three of these four ignore how y_i changes the rewards of the others: they follow no stated objective's gradient."""
-    k, r = quality.shape[1], quality.clamp(min=0)
+    dra         r becomes r / (sum_j max(L_ij, 0))^alpha, j = i included                        DRA-GRPO, Chen et al. 2025
+    entropy     nothing here, but -alpha * (log pi + 1) / length for each token of a right answer   R1-zero-Div, Yao et al. 2025
+    likelihood, darling and dra ignore how y_i changes the rewards of the others: they follow no stated objective's gradient."""
+    k, r = quality.shape[1], quality.clamp(min=0)  # a reward below 0 is left alone
     if objective == "dqo":
         return alpha * marginal_gains(phi)
     if objective == "pairwise":
         return alpha * (1 - gram(phi)).sum(-1) / (k - 1)  # the diagonal adds 0
     if objective == "likelihood":
-        return -alpha * r * (logp[:, :, None] > logp[:, None, :]).sum(-1) / k  # how many are less likely, wrong ones too
+        return -alpha * r * (logp[:, :, None] > logp[:, None, :] + 1e-4).sum(-1) / k  # how many are less likely, not just rounded
     if objective == "darling":
         cluster = (gram(phi) > alpha).double().matrix_power(k) > 0                  # (P, k, k) linked directly or through others
-        return quality * ((k - cluster.sum(-1)) / (k - 1)).clamp(min=0.1) - quality
+        return r * ((k - cluster.sum(-1)) / (k - 1)).clamp(min=0.1) - r
     if objective == "dra":
         return r * gram(phi).clamp(min=0).sum(-1) ** -alpha - r
     return torch.zeros_like(quality)
@@ -408,7 +407,8 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     token, seen = rollout.tokens[:, rollout.prompt_length:], rollout.attention_mask[:, :-1]  # (B, T), (B, S-1)
     tokens, n, cache = rollout.tokens[:, :-1], rollout.prompt_length - 1, None
     with autocast(model.device):
-        # As in `sample`, rows of the same prompt share its keys and values: all of it but the last token is run once.
+        # As in `sample`, rows of the same prompt (and mask: pad may be a real id) share its keys and values: all of it but the last
+        # token is run once, and the gradients of its rows add up there.
         if n and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):  # that goes without a cache
             prompt, which = torch.stack([tokens[:, :n], seen[:, :n]]).unique(dim=1, return_inverse=True)  # (2, p, n), (B,)
             cache = model(input_ids=prompt[0], attention_mask=prompt[1], position_ids=positions(prompt[1]),
@@ -457,7 +457,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     reward:    function(prompts, responses, rows) -> B floats; all three arguments have length B. An attribute `range` of
                (-inf, inf) marks it as unbounded
     config:    with every option filled in
-    encoder:   see `embed`; not used by `grpo`, whose gain and log_det are NaN
+    encoder:   see `embed`; not used by grpo, likelihood and entropy, whose gain and log_det are NaN
     reference: the frozen starting model, with beta > 0
     memory:    a dict that the caller keeps from step to step, and saves in order to resume exactly: known embeddings
                (see `embed`; in its last bits an embedding depends on the batch it was encoded in) and the centre of an
@@ -491,7 +491,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
         phi = embed(encoder, rollout.texts, memory.setdefault("known", {})).view(P, k, -1)  # (P, k, D)
         demand("embedding", phi.sum(-1), repeated, rollout.texts)
         tick("embed_s")
-        volume = log_det(phi).mean().item()  # of the plain kernel always, so that runs compare
+        volume = log_det(phi).mean().item()  # of the plain kernel, whichever is in use, so that runs compare
         if config.kernel == "quality":
             # An unbounded reward is squashed, for the kernel alone. The centre stays what the first rollout made it: moved
             # with the group, q_i would no longer depend on y_i alone.
@@ -507,7 +507,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     # 4. what needs the weights as they were when sampling. The KL penalty belongs in the reward: -beta * log(pi/pi_ref),
     # detached, is the exact score-function gradient of KL(pi || pi_ref).
     # WARNING  Differentiating the popular k3 estimator as a loss gives the (per-token) gradient of KL(pi_ref || pi)
-    # instead. Here k3 is only reported. (Rows are cut into micro-batches by length, so that there is little padding.)
+    # instead. Here k3 is only reported. (Micro-batches are cut by length, prompt included, so that there is little padding.)
     parts = [(s, rollout.rows(s)) for s in rollout.attention_mask.sum(1).argsort(stable=True).cpu().split(config.micro_batch or P * k)]
     model.train()  # gradient checkpointing is inactive in eval mode; dropout is 0 in both (see load_model)
     kl, penalty = 0.0, torch.zeros(P, k)
@@ -527,7 +527,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     # 5. one weight per response, from its own group only
     advantage = advantages(quality - penalty, bonus, config.baseline)               # (P, k)
     weight = advantage.view(P * k, 1).to(model.device)                              # (B, 1) back in the order of the rows
-    if config.objective == "entropy":  # the entropy of right answers alone: of wrong ones it would make more
+    if config.objective == "entropy":  # of right answers (reward 1) alone, or wrong ones would gain. d(-p log p) = -(log p + 1) dp
         weight = weight - config.alpha * (quality >= 1).view(P * k, 1).to(model.device) * (rollout.logp + 1) / length[:, None]  # (B, T)
 
     # 6. gradient ascent. One rollout is one optimizer step: on-policy, so the ratio is 1 and nothing is clipped, unless

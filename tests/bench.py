@@ -41,6 +41,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from transformers.modeling_outputs import CausalLMOutput
 
 import dqo
+from data.tasks import load_rows
 
 INSTALL = __doc__.partition("--trl-python:\n\n")[2].strip().replace(" \\\n       ", "")
 LR = 1e-6  # so that the policy, and with it the length of its responses, stays what it is while it is measured
@@ -77,9 +78,8 @@ def make_model(size, device, end=None, layers=None):
 
 
 def make_rows(tasks, count):
-    """The same prompts for everybody, in the order of the files."""
-    files = [[json.loads(x) for x in (ROOT / f"data/{t}.jsonl").read_text().splitlines()] for t in tasks]
-    return [row for together in zip(*files) for row in together][:count]
+    """The same prompts for everybody, in the order of the files, one of each task in turn."""
+    return [row for together in zip(*(load_rows(t, "train") for t in tasks)) for row in together][:count]
 
 
 def score(response):
@@ -190,8 +190,8 @@ def serve_dqo(wait, answer, model, P, k, T, objective, device, layers=None, **_)
     model, tokenizer = make_model(model, device, end=0, layers=layers)
     encoder = dqo.load_encoder(device=device)
     rows = make_rows(["story"], 10 ** 6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    config = dqo.Config(objective=objective, k=k, prompts=P, max_new_tokens=T, epochs=1, beta=0.0, lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    config = dqo.Config(objective=objective, k=k, prompts=P, max_new_tokens=T, epochs=1, beta=0.0, lr=LR, micro_batch=32)
     reward, known = lambda prompts, responses, rows: [score(r) for r in responses], {}
     encoder.encode(["warm up"])
     answer()
@@ -396,7 +396,7 @@ def price(o, show):
     for size, P, k, T in (("3M", 4, 8, 64), ("tiny", 8, 8, 24)):
         model, tokenizer = make_model(size, o.device, end=0)
         encoder, rows = dqo.load_encoder(device=o.device), make_rows(["story"], 10 ** 6)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
         reward, parts = lambda prompts, responses, rows: [score(r) for r in responses], {}
         bare = {"texts": None}
 
@@ -418,7 +418,7 @@ def price(o, show):
             one.seed += objective == "dqo"
             torch.manual_seed(one.seed)
             batch = [rows[(one.seed * P + j) % len(rows)] for j in range(P)]
-            config = dqo.Config(objective=objective, k=k, prompts=P, max_new_tokens=T, epochs=1, beta=0.0, lr=LR)
+            config = dqo.Config(objective=objective, k=k, prompts=P, max_new_tokens=T, epochs=1, beta=0.0, lr=LR, micro_batch=32)
             start = time.perf_counter()
             m = dqo.dqo_step(model, tokenizer, encoder, reward, optimizer, batch, config)
             if objective == "dqo":

@@ -35,10 +35,10 @@ def test_pairwise():
 
 
 def test_likelihood():
-    """Ranks among all four, the wrong one included, 0 the least likely: 2, 1, 0, 3. A wrong or negative answer is left alone."""
+    """Ranks among all four, the wrong one included, 0 the least likely: 2, 1, 0, 3. A reward of 0 or below is left alone."""
     torch.testing.assert_close(bonus("likelihood", [1.0, 1.0, 0.0, 2.0], logp=[-1.0, -2.0, -3.0, -0.5], alpha=0.5), [-0.25, -0.125, 0.0, -0.75])
     torch.testing.assert_close(bonus("likelihood", [1.0, -1.0], logp=[-1.0, -2.0], alpha=1.0), [-0.5, 0.0])
-    assert bonus("likelihood", [1.0, 1.0], logp=[-1.0, -1.0], alpha=1.0) == [0.0, 0.0]  # neither is less likely
+    assert bonus("likelihood", [1.0, 1.0], logp=[-1.0, -1.0 + 1e-6], alpha=1.0) == [0.0, 0.0]  # neither is less likely, but for rounding
 
 
 def test_darling():
@@ -48,6 +48,7 @@ def test_darling():
     torch.testing.assert_close(bonus("darling", [1.0, 1.0, 0.5, 1.0], chain, alpha=0.7), [1 / 3 - 1, 1 / 3 - 1, 0.5 / 3 - 0.5, 0.0])
     torch.testing.assert_close(bonus("darling", [1.0, 1.0, 0.0, 1.0], [E1] * 4), [-0.9, -0.9, 0.0, -0.9])  # at least a tenth is left
     torch.testing.assert_close(bonus("darling", [1.0, 0.0, 0.0, 1.0], chain, alpha=0.9), [0.0] * 4)  # no two alike
+    assert bonus("darling", [-1.0, -1.0, 0.0], [E1, E1, E2]) == [0.0] * 3  # a copy of something bad is as bad
     many = F.normalize(torch.eye(64) + 2 * torch.eye(64).roll(1, 0), dim=1)  # a ring of 64, each linked to its two neighbours
     assert diversity_bonus("darling", 0.3, torch.ones(1, 64), many[None])[0].tolist() == pytest.approx([-0.9] * 64)
 
@@ -114,7 +115,7 @@ def test_entropy_does_not_push_correct_answers_down():
 
 def test_strengths_and_groups_that_make_no_sense_are_refused():
     for kw, message in ((dict(objective="likelihood", alpha=1.5), "at most 1"), (dict(objective="darling", alpha=1.0), "at most 0.999"),
-                        (dict(objective="darling", baseline="none", k=1), "k = 2"), (dict(objective="dra", k=1), "k = 2"),
+                        (dict(objective="darling", baseline="none", k=1), "k = 2"), (dict(objective="dra", k=1), "k = 2"), (dict(objective="dqo", baseline="none", k=1), "k = 2"),
                         (dict(objective="dra", alpha=-1.0), "at least 0"), (dict(objective="dra", kernel="quality"), "dqo only")):
         with pytest.raises(BadInput, match=message):
             Config(**kw).check()

@@ -73,4 +73,5 @@ for seed in 0 1 2; do
   echo "dqo-2-s$seed --alpha 2 --seed $seed"
 done | two_at_a_time
 
+python data/results/cities.py
 python data/results/tables.py
