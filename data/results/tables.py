@@ -85,7 +85,7 @@ def rewarded_and_right(name, strict, row_of):
         sample = json.loads(line)
         steps.setdefault(sample["step"], []).append(sample)
     for m, samples in zip(history(name), steps.values()):
-        right = strict(None, [s["response"] for s in samples], [row_of[s["prompt"]] for s in samples])
+        right = strict(*([s[x] for s in samples] for x in ("prompt", "response")), [row_of[s["prompt"]] for s in samples])
         yield m["step"], m["quality"], statistics.mean(right), m["length"], m["distinct"]
 
 
@@ -133,8 +133,9 @@ def pick(rows, column, **which):
 
 
 def everybody():
-    """[(objective, strength)] of the comparison, in order."""
-    return [("grpo", ""), ("grpo_std", ""), *((r["objective"], r["alpha"]) for r in read("strengths.csv") if r["chosen"] and r["split"] == "train")]
+    """[(objective, strength)] of the comparison, in order: those chosen, and dqo at all three strengths."""
+    return [("grpo", ""), ("grpo_std", ""), *((r["objective"], r["alpha"]) for r in read("strengths.csv")
+                                              if r["split"] == "train" and (r["chosen"] or r["objective"] == "dqo"))]
 
 
 def label(objective, alpha):
@@ -144,8 +145,8 @@ def label(objective, alpha):
 def show_comparison():
     rows, tasks = read("comparison.csv"), list(dict.fromkeys(r["task"] for r in read("comparison.csv")))
     cell = lambda o, a, task, column, digits: mean_std(pick(rows, column, objective=o, alpha=a, task=task), digits)
-    columns = dict(quality=2, pass_at_4=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, correct_self_bleu_diversity=2, log_det=2)
-    markdown(["mean over the tasks", "quality", "pass@4", "distinct correct of 16", "effective diversity", "the same, second encoder",
+    columns = dict(quality=2, pass_at_2=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, correct_self_bleu_diversity=2, log_det=2)
+    markdown(["mean over the tasks", "quality", "pass@2", "distinct correct of 16", "effective diversity", "the same, second encoder",
               "1 - self-BLEU, correct only", "log det"],
              [[label(o, a), *(cell(o, a, "average", c, digits) for c, digits in columns.items())] for o, a in [("base", ""), *everybody()]])
     markdown(["quality; distinct correct", *tasks[:-1]],
@@ -169,7 +170,7 @@ def show_comparison():
 def show_ablations():
     rows, table = read("ablations.csv"), []
     columns = dict(quality=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, log_det=2, second_log_det=2)
-    for setting in ABLATIONS:
+    for setting in dict.fromkeys(r["setting"] for r in rows):
         numbers = {c: pick(rows, c, setting=setting, task="average") for c in columns}
         table.append([setting, *(mean_std(numbers[c], digits) for c, digits in columns.items()), str(len(numbers["quality"]))])
     markdown(["mean over the tasks", "quality", "distinct correct", "effective diversity", "second encoder", "log det", "second encoder", "seeds"], table)
@@ -201,10 +202,14 @@ def plain_axes(plt, panels, size):
 
 def label_ends(ax, ends, x, gap, ha="left"):
     """Names beside the ends of curves, pushed apart where they would overlap. ends: [(y, name, color)]"""
-    last = -float("inf")
-    for y, name, color in sorted(ends):
-        last = max(y, last + gap)
-        ax.text(x, last, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
+    ends = sorted(ends)
+    at = [y for y, _, _ in ends]
+    for _ in range(200):
+        for i in range(len(at) - 1):
+            lack = max(0.0, gap - (at[i + 1] - at[i]))
+            at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
+    for y, (_, name, color) in zip(at, ends):
+        ax.text(x, y, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
 
 
 def pictures():
@@ -219,13 +224,14 @@ def pictures():
     alphas = [str(a) for a in STRENGTHS["dqo"]]
     for ax, column, name in zip(axes, ("distinct_correct", "effective_diversity"), ("distinct correct responses of 16", "effective semantic diversity")):
         ax.plot(*zip(*((mean(o, a, column), mean(o, a, "quality")) for o, a in [("grpo", ""), *(("dqo", a) for a in alphas)])), "-", color=COLORS["dqo"], lw=1, alpha=0.5)
-        for o, a in [*(x for x in everybody() if x[0] != "dqo"), *(("dqo", a) for a in alphas)]:
+        for o, a in everybody():
             x, y = numbers(o, a, column), numbers(o, a, "quality")
             at = statistics.mean(x), statistics.mean(y)
             ax.errorbar(*at, xerr=statistics.stdev(x), yerr=statistics.stdev(y), fmt="o", color=COLORS[o], ms=6, lw=0.8)
             text = {"grpo_std": "grpo, std"}.get(o, o) + f" {a}" * bool(a)
-            ax.annotate(text, at, color=COLORS[o], weight="bold", fontsize=8, xytext=PLACES.get((column, text), (6, 5)), textcoords="offset points")
-        ax.set(xlabel=name, ylabel="quality")
+            ax.annotate(text, at, color=COLORS[o], weight="bold", fontsize=8, xytext=PLACES.get(text, (6, 5)), textcoords="offset points")
+        low, high = ax.get_xlim()
+        ax.set(xlabel=name, ylabel="quality", xlim=(low, high + 0.2 * (high - low)))
     base = [mean("base", "", c) for c in ("quality", "distinct_correct", "effective_diversity")]
     fig.suptitle(f"mean over four tasks, ± standard deviation over 3 seeds; line: dqo over α (base model: quality {base[0]:.2f}, {base[1]:.1f} distinct correct, "
                  f"effective diversity {base[2]:.2f})", fontsize=9)
@@ -236,11 +242,11 @@ def pictures():
     sizes = (1, 2, 4, 8, 16)
     for ax, task, title in zip(axes, ("average", "reason"), ("mean over the tasks", "reason")):
         ends = []
-        for o, a in [("base", ""), *everybody()]:
+        for o, a in [("base", ""), *(x for x in everybody() if x[0] != "dqo"), ("dqo", "1")]:
             ys = [mean(o, a, f"pass_at_{n}", task) for n in sizes]
             ax.plot(sizes, ys, "o-", color=COLORS[o], ms=3, lw=1)
             ends.append((ys[0], o.replace("_", ", "), COLORS[o]))
-        label_ends(ax, ends, 0.95, 0.028, ha="right")
+        label_ends(ax, ends, 0.95, 0.026, ha="right")
         ax.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.55, 18))
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
@@ -270,7 +276,7 @@ def pictures():
         for run in HACKS[setting]:
             x, y = (pick(rows, c, run=f"{setting}-{run}") for c in ("step", column))
             ax.plot(x, y, color=colors[run], lw=1.2)
-            ends.append((y[-1], HACK_NAMES[f"{setting}-{run}"].split(", ", 1)[1], colors[run]))
+            ends.append((y[-1], {"kernel": "quality kernel", "beta": "β = 0.1", "strict": "strict reward"}.get(run, run), colors[run]))
         label_ends(ax, ends, x[-1], 0.07 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
         ax.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.5))
         ax.set_xticks([0, 100, 200, 300])
@@ -278,7 +284,7 @@ def pictures():
     fig.savefig(HERE / "hacking.png", dpi=150)
 
 
-PLACES = {}  # (column, label): where a label goes that would otherwise overlap another
+PLACES = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (6, -13)}  # of labels that would otherwise overlap others, in points
 
 
 def show():
