@@ -1,6 +1,6 @@
 """How fast and how large: every number next to what one would otherwise use, measured in the same run.
 
-    python tests/bench.py                                # all rows on this machine, about 12 minutes on 2 CPU cores
+    python tests/bench.py                                # all rows on this machine, about 10 minutes on 2 CPU cores
     python tests/bench.py gains sampling --quick         # some rows, few repetitions
     python tests/bench.py step --trl-python /path/to/trlenv/bin/python --json bench.json
 

@@ -152,7 +152,7 @@ def show_comparison():
     markdown(["quality; distinct correct", *tasks[:-1]],
              [[label(o, a), *(f"{cell(o, a, t, 'quality', 2)}; {cell(o, a, t, 'distinct_correct', 1)}" for t in tasks[:-1])] for o, a in [("base", ""), *everybody()]])
 
-    # dqo at the strength whose mean quality is closest to the other's, against it, task by task
+    # dqo at those strengths whose mean quality is within 0.02 of the other's, against it, task by task; if there is none, the closest
     table = []
     for other, alpha in everybody():
         if other == "dqo":
@@ -160,10 +160,10 @@ def show_comparison():
         table.append([label(other, alpha)])
         for task in tasks:
             mean = lambda o, a, column: statistics.mean(pick(rows, column, objective=o, alpha=a, task=task))
-            quality = mean(other, alpha, "quality")
-            a = min(map(str, STRENGTHS["dqo"]), key=lambda a: abs(mean("dqo", a, "quality") - quality))
-            ratio, gap = mean("dqo", a, "distinct_correct") / mean(other, alpha, "distinct_correct"), mean("dqo", a, "quality") - quality
-            table[-1].append(f"{ratio:.2f}" + (f" ({gap:+.2f})" if abs(gap) > 0.02 else ""))
+            found = sorted((abs(gap), gap, mean("dqo", a, "distinct_correct") / mean(other, alpha, "distinct_correct"))
+                           for a in map(str, STRENGTHS["dqo"]) for gap in [mean("dqo", a, "quality") - mean(other, alpha, "quality")])
+            ratios = sorted(f"{ratio:.2f}" for size, _, ratio in found if size <= 0.02)
+            table[-1].append(" to ".join(dict.fromkeys((ratios[0], ratios[-1]))) if ratios else f"({found[0][2]:.2f}, quality {found[0][1]:+.2f})")
     markdown(["distinct correct, dqo / other", *tasks], table)
 
 
