@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_tables_are_those_of_the_csvs():
     assert len(lines) > 50 and all(x.startswith("| ") for x in lines)
     for line in lines:
         assert line in README, line
+
+
+def test_headline_is_that_of_the_csvs():
+    rows = tables.read("comparison.csv")
+    mean = lambda o, a, column: statistics.mean(tables.pick(rows, column, objective=o, alpha=a, task="average"))
+    ours, grpo = ([mean(o, a, c) for c in ("quality", "distinct_correct", "effective_diversity", "second_effective_diversity")] for o, a in (("dqo", "1"), ("grpo", "")))
+    for text in (f"the quality is {ours[0]:.2f} against {grpo[0]:.2f}", f"{ours[1]:.1f} against {grpo[1]:.1f}, more on every task",
+                 f"Effective diversity is {ours[2]:.2f} against {grpo[2]:.2f}, and {ours[3]:.2f} against {grpo[3]:.2f}", f"({ours[1] / grpo[1]:.1f} times in the mean"):
+        assert text in README, text
+    for task in ("instruct", "summarize", "story", "reason"):
+        distinct = lambda o, a: statistics.mean(tables.pick(rows, "distinct_correct", objective=o, alpha=a, task=task))
+        assert distinct("dqo", "1") > distinct("grpo", "")
+    most = {c: max(tables.everybody(), key=lambda who: mean(*who, c))[0] for c in ("quality", "distinct_correct", "effective_diversity", "second_effective_diversity")}
+    assert most == dict(quality="pairwise", distinct_correct="likelihood", effective_diversity="darling", second_effective_diversity="likelihood")
+    train = {(r["objective"], r["alpha"]): float(r["quality"]) for r in tables.read("strengths.csv") if r["split"] == "train"}
+    assert f"({train['dqo', '1']:.3f} against 0.918)" in README
