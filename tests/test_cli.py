@@ -19,6 +19,7 @@ from dqo import BadInput, load_encoder, load_model, sample
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = "step quality gain log_det distinct length truncated empty entropy kl loss grad_norm step_s".split()
 RESULT = """model task prompts n quality pass_at max_at distinct_correct distinct_1 distinct_4 self_bleu_diversity self_rouge_diversity
+            correct_distinct_4 correct_self_bleu_diversity effective_diversity
             cosine_distance vendi log_det mean_tokens truncated se""".split()
 
 

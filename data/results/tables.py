@@ -299,8 +299,8 @@ def main(argv):
         return print("\n".join(f"{o} {a}" for o, a in chosen().items()))
     if argv != ["--show"]:
         gather()
-    show()
     pictures()
+    show()
 
 
 if __name__ == "__main__":
