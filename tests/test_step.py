@@ -60,7 +60,8 @@ def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
     for u, g in zip(updates, grads):
         torch.testing.assert_close(u, g * scale, rtol=1e-4, atol=1e-6)
     assert metrics["quality"] == pytest.approx(quality.mean().item()) and metrics["gain"] == pytest.approx(gain.mean().item())
-    assert metrics["drift"] < 1e-5 and metrics["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
+    assert 0 < metrics["drift"] < 1e-5  # two ways to the same numbers, so the rounding differs
+    assert metrics["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
     s = metrics["samples"][5]
     assert s["prompt"] == ROWS[1]["prompt"] and s["response"] == rollout.texts[5] and s["advantage"] == pytest.approx(weight[1, 1].item())
 
