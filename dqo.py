@@ -444,7 +444,7 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: no reward for moving beyond the clip
     loss = -(surrogate * mask).sum() / (mask.shape[0] * max_new_tokens)
-    cut = (clipped * advantages < ratio * advantages) & mask                        # (B, T)
+    cut = (surrogate < ratio * advantages) & mask                                   # (B, T)
     return loss, {"clipped": cut.sum().item(), "entropy": -(logp.detach() * mask).sum().item()}
 
 

@@ -28,38 +28,20 @@ large-kernel --data instruct,reason --steps 320 --alpha 5 --kernel quality
 large-beta --data instruct,reason --steps 320 --alpha 5 --beta 0.1
 JOBS
 
+jobs() {  # jobs SEED: grpo with and without std, and the objectives and strengths on standard input
+  echo "grpo-s$1 --objective grpo --seed $1"
+  echo "grpo_std-s$1 --objective grpo --baseline std --seed $1"
+  while read -r objective alpha; do
+    echo "$objective-$alpha-s$1 --objective $objective --alpha $alpha --seed $1"
+  done
+}
+
 # 2. Every objective at three strengths, seed 0. The strength is chosen on the training prompts.
-two_at_a_time <<'JOBS'
-grpo-s0 --objective grpo
-grpo_std-s0 --objective grpo --baseline std
-dqo-0.5-s0 --objective dqo --alpha 0.5
-dqo-1-s0 --objective dqo --alpha 1
-dqo-2-s0 --objective dqo --alpha 2
-pairwise-0.5-s0 --objective pairwise --alpha 0.5
-pairwise-1-s0 --objective pairwise --alpha 1
-pairwise-2-s0 --objective pairwise --alpha 2
-likelihood-0.25-s0 --objective likelihood --alpha 0.25
-likelihood-0.5-s0 --objective likelihood --alpha 0.5
-likelihood-1-s0 --objective likelihood --alpha 1
-entropy-0.01-s0 --objective entropy --alpha 0.01
-entropy-0.03-s0 --objective entropy --alpha 0.03
-entropy-0.1-s0 --objective entropy --alpha 0.1
-darling-0.7-s0 --objective darling --alpha 0.7
-darling-0.8-s0 --objective darling --alpha 0.8
-darling-0.9-s0 --objective darling --alpha 0.9
-dra-0.5-s0 --objective dra --alpha 0.5
-dra-1-s0 --objective dra --alpha 1
-dra-2-s0 --objective dra --alpha 2
-JOBS
+python data/results/tables.py --tried | jobs 0 | two_at_a_time
 
 # 3. The chosen ones at two more seeds.
-for seed in 1 2; do
-  echo "grpo-s$seed --objective grpo --seed $seed"
-  echo "grpo_std-s$seed --objective grpo --baseline std --seed $seed"
-  python data/results/tables.py --chosen | while read -r objective alpha; do
-    echo "$objective-$alpha-s$seed --objective $objective --alpha $alpha --seed $seed"
-  done
-done | two_at_a_time
+python data/results/tables.py --chosen > $RUNS/chosen
+for seed in 1 2; do jobs $seed < $RUNS/chosen; done | two_at_a_time
 
 # 4. Ablations of dqo, alpha = 1 unless said.
 for seed in 0 1 2; do

@@ -6,7 +6,6 @@ all of its cosines are above 0.9, so "different" begins where as many pairs of t
 the first encoder at 0.9."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 import eval as evaluation  # noqa: E402
 from data.tasks import load_reward, load_rows  # noqa: E402
 from dqo import Config, embed, gram, load_encoder, load_model, log_det  # noqa: E402
+from train import write_whole  # noqa: E402
 
 RUNS, N, TASKS = Path("runs/compare"), 16, Config().data
 
@@ -60,8 +60,7 @@ def main(folder):
         same = None if path == base else json.loads(base.read_text())["same"]
         test, same = measure(folder, encoder, second, "test", same)
         result = dict(test=test, train=measure(folder, encoder, second, "train", same)[0], same=same)
-        path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_whole(path, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

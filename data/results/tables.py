@@ -2,7 +2,8 @@
 
     python data/results/tables.py              # both
     python data/results/tables.py --show       # the tables and pictures from the CSVs that are there
-    python data/results/tables.py --chosen     # the strength of each objective that seed 0 chooses on the training prompts
+    python data/results/tables.py --tried      # the strengths of each objective that are tried at seed 0
+    python data/results/tables.py --chosen     # the one of each that seed 0 chooses on the training prompts
 """
 
 import csv
@@ -143,7 +144,8 @@ def label(objective, alpha):
 
 
 def show_comparison():
-    rows, tasks = read("comparison.csv"), list(dict.fromkeys(r["task"] for r in read("comparison.csv")))
+    rows = read("comparison.csv")
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
     cell = lambda o, a, task, column, digits: mean_std(pick(rows, column, objective=o, alpha=a, task=task), digits)
     columns = dict(quality=2, pass_at_2=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, correct_self_bleu_diversity=2, log_det=2)
     markdown(["mean over the tasks", "quality", "pass@2", "distinct correct of 16", "effective diversity", "the same, second encoder",
@@ -295,6 +297,8 @@ def show():
 
 
 def main(argv):
+    if argv == ["--tried"]:
+        return print("\n".join(f"{o} {a}" for o, strengths in STRENGTHS.items() for a in strengths))
     if argv == ["--chosen"]:
         return print("\n".join(f"{o} {a}" for o, a in chosen().items()))
     if argv != ["--show"]:
