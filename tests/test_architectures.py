@@ -1,7 +1,8 @@
-"""Sampling, scoring and one whole step on models built from the published configurations, a few layers wide.
+"""Sampling, scoring and a step on models built from the published configurations.
 
-What makes each of them different is kept as published (rope scaling, query-key norms, soft-capping, sliding windows,
-tied embeddings, dropout, several end tokens); only the sizes are cut, and the windows so that they bite.
+They are a few layers wide. What makes each of them different is kept as published (rope
+scaling, query-key norms, soft-capping, sliding windows, tied embeddings, dropout, several end
+tokens); only the sizes are cut, and the windows so that they bite.
 """
 
 import copy
@@ -10,74 +11,180 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import word_tokenizer
-from dqo import Config, dqo_step, load_model, prompt_ids, sample, token_logps
+from conftest import scale_matrices, word_tokenizer
+from data.models import load_model
+from dqo import Config, dqo_step, prompt_ids, sample, token_logps
 
-SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, pad_token_id=None)
+SMALL = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=1,
+    pad_token_id=None)
 CONFIGS = {
-    "llama-3.2": dict(model_type="llama", **SMALL, num_hidden_layers=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=131072, tie_word_embeddings=True, eos_token_id=[2, 3, 4],
-                      rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192)),
-    "qwen3": dict(model_type="qwen3", **SMALL, num_hidden_layers=2, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=40960, tie_word_embeddings=True, eos_token_id=2,
-                  rope_parameters=dict(rope_type="default", rope_theta=1e6)),
-    "gpt2": dict(model_type="gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=1024, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=2, eos_token_id=2),
-    "gemma-2": dict(model_type="gemma2", **SMALL, num_hidden_layers=4, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=8192, query_pre_attn_scalar=16, sliding_window=6,
-                    attn_logit_softcapping=5.0, final_logit_softcapping=3.0, hidden_activation="gelu_pytorch_tanh", eos_token_id=[2, 3]),
-    "gemma-3": dict(model_type="gemma3_text", **SMALL, num_hidden_layers=4, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=32768, query_pre_attn_scalar=16, sliding_window=6,
-                    hidden_activation="gelu_pytorch_tanh", eos_token_id=[2, 3]),
-    "mistral": dict(model_type="mistral", **SMALL, num_hidden_layers=2, rms_norm_eps=1e-5, max_position_embeddings=32768, sliding_window=6, eos_token_id=2),
+    "llama-3.2": dict(
+        SMALL,
+        model_type="llama",
+        num_hidden_layers=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        eos_token_id=[2, 3, 4],
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=32.0,
+            high_freq_factor=4.0,
+            low_freq_factor=1.0,
+            original_max_position_embeddings=8192)),
+    "qwen3": dict(
+        SMALL,
+        model_type="qwen3",
+        num_hidden_layers=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "gpt2": dict(
+        model_type="gpt2",
+        vocab_size=60,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=1024,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        bos_token_id=2,
+        eos_token_id=2),
+    "gemma-2": dict(
+        SMALL,
+        model_type="gemma2",
+        num_hidden_layers=4,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=8192,
+        query_pre_attn_scalar=16,
+        sliding_window=6,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        hidden_activation="gelu_pytorch_tanh",
+        eos_token_id=[2, 3]),
+    "gemma-3": dict(
+        SMALL,
+        model_type="gemma3_text",
+        num_hidden_layers=4,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32768,
+        query_pre_attn_scalar=16,
+        sliding_window=6,
+        hidden_activation="gelu_pytorch_tanh",
+        eos_token_id=[2, 3]),
+    "mistral": dict(
+        SMALL,
+        model_type="mistral",
+        num_hidden_layers=2,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=32768,
+        sliding_window=6,
+        eos_token_id=2),
 }
+ALWAYS = ["llama-3.2", "qwen3", "gpt2", "gemma-2"]
+SLOW = ["gemma-3", "mistral"]  # near relatives of gemma-2 and llama
 PROMPTS = ["w5 w6", "w7", "w9 w9 w13 w30 w7 w8 w11 w12 w20"]
 
 
-SLOW = ("gemma-3", "mistral")  # near relatives of gemma-2 and llama
-
-
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGS])
+@pytest.fixture(params=ALWAYS + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
 def folder(request, tmp_path):
-    """A model folder as published ones are: config, safetensors, tokenizer without a pad token."""
+    """A model folder as published ones are: config, safetensors, tokenizer without a pad."""
     torch.manual_seed(0)
     values = dict(CONFIGS[request.param])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(4)
+    model_type = values.pop("model_type")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    scale_matrices(model.parameters(), 4)
     model.generation_config.eos_token_id = values["eos_token_id"]
     model.save_pretrained(tmp_path)
-    word_tokenizer(["<unk>", "<s>", "</s>", "<eot>", "<eom>"] + [f"w{i}" for i in range(5, 60)], bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    words = ["<unk>", "<s>", "</s>", "<eot>", "<eom>"] + [f"w{i}" for i in range(5, 60)]
+    word_tokenizer(words, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_sample_score_and_step(folder):
-    model, tokenizer = load_model(str(folder))
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {2}
-    torch.manual_seed(1)
-    rollout = sample(model, tokenizer, PROMPTS, 8, 16, temperature=0.9)
-    assert rollout.mask.sum(1).min() < 16 < rollout.tokens.shape[1]  # different lengths, longer than the windows
+class RandomEncoder:
+    def encode(self, texts):
+        return torch.randn(len(texts), 8)
+
+
+def odd_length(prompts, responses, rows):
+    """A reward: 1 for a text of an odd number of characters."""
+    return [float(len(response) % 2) for response in responses]
+
+
+@torch.no_grad()
+def alone(model, tokens, n, temperature):
+    """log pi of the last n tokens of one row without padding, in float64."""
+    logits = model(tokens[None]).logits[0].double()
+    logps = torch.log_softmax(logits / temperature, -1)
+    return logps[:-1].gather(1, tokens[1:, None])[-n:, 0]
+
+
+def check_scores(model, rollout, temperature):
+    """Scores are those of sampling, in train mode too, and those of each row alone."""
     for train in (False, True):  # dropout is off in both
         model.train(train)
         with torch.no_grad():
-            scored = token_logps(model, rollout, 0.9)
+            scored = token_logps(model, rollout, temperature)
         torch.testing.assert_close(scored, rollout.logp, rtol=0, atol=2e-5)
     model.eval()
-    for i in range(0, 24, 5):
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {2}
+    for i in range(0, len(rollout.texts), 5):
         tokens = rollout.tokens[i][rollout.attention_mask[i].bool()]
         n = int(rollout.mask[i].sum())
-        with torch.no_grad():
-            alone = torch.log_softmax(model(tokens[None]).logits[0].double() / 0.9, -1)
-        alone = alone[:-1].gather(1, tokens[1:, None])[-n:, 0]
-        torch.testing.assert_close(scored[i, :n].double(), alone, rtol=0, atol=2e-5)
-        assert (tokens[-1].item() in ends) == (not rollout.truncated[i])
-    encoder = type("Encoder", (), {"encode": lambda self, texts: torch.randn(len(texts), 8)})()
+        expected = alone(model, tokens, n, temperature)
+        torch.testing.assert_close(scored[i, :n].double(), expected, rtol=0, atol=2e-5)
+        ended = tokens[-1].item() in ends
+        assert ended == (not rollout.truncated[i])
+
+
+def test_sample_score_and_step(folder):
+    """Each architecture samples, scores what it sampled, and learns without drift or KL."""
+    model, tokenizer = load_model(str(folder))
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, PROMPTS, 8, 16, temperature=0.9)
+    # Responses of different lengths, and rows longer than the windows.
+    assert rollout.mask.sum(1).min() < 16 < rollout.tokens.shape[1]
+    check_scores(model, rollout, 0.9)
+
+    reference, _ = load_model(str(folder))
     before = copy.deepcopy(model.state_dict())
-    metrics = dqo_step(model, tokenizer, encoder, lambda prompts, responses, rows: [float(len(r) % 2) for r in responses], torch.optim.AdamW(model.parameters(), lr=1e-3),
-                       [{"prompt": p} for p in PROMPTS], Config(k=4, max_new_tokens=8, beta=0.1, micro_batch=5), reference=load_model(str(folder))[0])
-    assert metrics["drift"] < 1e-4 and metrics["grad_norm"] > 0 and abs(metrics["kl"]) < 1e-3
-    assert any(not torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    metrics = dqo_step(
+        model, tokenizer, RandomEncoder(), odd_length,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        [{"prompt": prompt} for prompt in PROMPTS],
+        Config(k=4, max_new_tokens=8, beta=0.1, micro_batch=5),
+        reference)
+    assert metrics["drift"] < 1e-4
+    assert metrics["grad_norm"] > 0
+    assert abs(metrics["kl"]) < 1e-3
+    after = model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }} "
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w59{% endif %}")
 
 
 def test_prompts_of_a_model_with_a_chat_template(folder):
+    """A text prompt goes through the template, which writes the only start token."""
     _, tokenizer = load_model(str(folder))
-    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w59{% endif %}"
-    assert prompt_ids(tokenizer, "w5") == [1, 5, 59] and prompt_ids(tokenizer, "w5", plain=True) == [5]
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert prompt_ids(tokenizer, "w5") == [1, 5, 59]
+    assert prompt_ids(tokenizer, "w5", plain=True) == [5]

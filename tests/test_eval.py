@@ -1,5 +1,6 @@
-"""Every metric against values worked out by hand or by enumeration."""
+"""Every metric against values worked out by hand or by enumeration; table, picture, evaluation."""
 
+import builtins
 import itertools
 import json
 import math
@@ -8,156 +9,469 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import eval as ev
+import eval as evaluation
 from conftest import random_llama
-from dqo import sample
+from data import metrics, report
+from dqo import BadInput, sample
 
 
-@pytest.mark.parametrize("correct", [[], [0], [1, 3], [0, 1, 2, 4], [0, 1, 2, 3, 4, 5]])
+def about(value, **kw):
+    return pytest.approx(value, **kw)
+
+
+# -------------------------------------------------------------------------------- the metrics
+@pytest.mark.parametrize("text, same_as", [
+    ("The old dog sleeps .", "the old dog sleeps"),
+    ("the  old dog\nsleeps.", "the old dog sleeps"),
+    ("yes , of course !", "yes, of course!"),
+    ("3.5", "3.5"),
+    (" . ", ""),
+    ("", ""),
+])
+def test_normalize(text, same_as):
+    assert metrics.normalize(text) == same_as
+
+
+@pytest.mark.parametrize("correct", [
+    [],
+    [0],
+    [1, 3],
+    [0, 1, 2, 4],
+    [0, 1, 2, 3, 4, 5],
+])
 def test_pass_at_n_is_the_share_of_subsets_with_a_right_answer(correct):
-    flags = [i in correct for i in range(6)]
+    is_right = [i in correct for i in range(6)]
     for n in range(1, 7):
-        subsets = list(itertools.combinations(flags, n))
-        assert ev.pass_at_n(flags, n) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+        subsets = list(itertools.combinations(is_right, n))
+        share = sum(map(any, subsets)) / len(subsets)
+        assert metrics.pass_at_n(is_right, n) == about(share)
 
 
 def test_max_at_n_is_the_mean_best_of_subsets():
     scores = [0.3, 0.9, 0.1, 0.9, 0.0, 0.5]
     for n in range(1, 7):
         subsets = list(itertools.combinations(scores, n))
-        assert ev.max_at_n(scores, n) == pytest.approx(sum(map(max, subsets)) / len(subsets))
-    flags = [True, False, False, True, False]
-    for n in range(1, 6):  # on 0/1 scores it is pass@n
-        assert ev.max_at_n([float(f) for f in flags], n) == pytest.approx(ev.pass_at_n(flags, n))
+        assert metrics.max_at_n(scores, n) == about(sum(map(max, subsets)) / len(subsets))
 
 
-def test_words():
-    assert ev.words("The dog's 2 cats, (really) run!") == ["the", "dog", "'", "s", "2", "cats", ",", "(", "really", ")", "run", "!"]
-    assert ev.words("") == [] and ev.words("Ünïcode ok") == ["ünïcode", "ok"]
+def test_max_at_n_of_zeros_and_ones_is_pass_at_n():
+    is_right = [True, False, False, True, False]
+    scores = [float(x) for x in is_right]
+    for n in range(1, 6):
+        assert metrics.max_at_n(scores, n) == about(metrics.pass_at_n(is_right, n))
 
 
-def test_distinct_n():
-    texts = ["a b a", "a b c"]
-    assert ev.distinct_n(texts, 1) == pytest.approx(3 / 6)
-    assert ev.distinct_n(texts, 2) == pytest.approx(3 / 4)  # ab ba | ab bc
-    assert ev.distinct_n(texts, 4) == pytest.approx(2 / 2)  # shorter than 4: each text is one n-gram
-    assert ev.distinct_n(["x", "x", "", ""], 4) == pytest.approx(2 / 4)
+@pytest.mark.parametrize("text, expected", [
+    ("The dog's 2 cats", ["the", "dog", "'", "s", "2", "cats"]),
+    (", (really) run!", [",", "(", "really", ")", "run", "!"]),
+    ("", []),
+    ("Ünïcode ok", ["ünïcode", "ok"]),
+])
+def test_words(text, expected):
+    assert metrics.words(text) == expected
 
 
-def test_self_bleu():
-    assert ev.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
-    assert ev.self_bleu(["x", "x"]) == pytest.approx(1.0) and ev.self_bleu(["x", "y"]) == 0.0 and ev.self_bleu(["", ""]) == pytest.approx(1.0)
-    assert ev.self_bleu(["a b c", "d e f"]) == 0.0  # no word in common
-    # "a b c d" against "a b c e f": 3/4 words; (2+1)/(3+1) bigrams; (1+1)/(2+1); (0+1)/(1+1); brevity exp(1 - 5/4)
+@pytest.mark.parametrize("tokens, n, expected", [
+    ("abc", 1, [("a",), ("b",), ("c",)]),
+    ("abc", 2, [("a", "b"), ("b", "c")]),
+    ("abc", 3, [("a", "b", "c")]),
+    ("abc", 4, [("a", "b", "c")]),  # shorter than n: the text as it is
+    ("", 4, [()]),
+])
+def test_ngrams(tokens, n, expected):
+    assert metrics.ngrams(tokens, n) == expected
+
+
+@pytest.mark.parametrize("texts, n, expected", [
+    (["a b a", "a b c"], 1, 3 / 6),
+    (["a b a", "a b c"], 2, 3 / 4),  # ab ba | ab bc
+    (["a b a", "a b c"], 4, 2 / 2),  # shorter than 4: each text is one n-gram
+    (["x", "x", "", ""], 4, 2 / 4),
+])
+def test_distinct_n(texts, n, expected):
+    assert metrics.distinct_n(texts, n) == about(expected)
+
+
+@pytest.mark.parametrize("texts, expected", [
+    (["a b c d e"] * 3, 1.0),
+    (["x", "x"], 1.0),
+    (["", ""], 1.0),
+    (["x", "y"], 0.0),
+    (["a b c", "d e f"], 0.0),  # no word in common
+])
+def test_self_bleu_of_equal_and_of_strange_texts(texts, expected):
+    assert metrics.self_bleu(texts) == about(expected)
+
+
+def test_self_bleu_by_hand():
+    # "a b c d" against "a b c e f": 3/4 words; with one added (2+1)/(3+1) bigrams, (1+1)/(2+1)
+    # and (0+1)/(1+1); brevity exp(1 - 5/4)
     one = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 * math.exp(1 - 5 / 4)
-    # the other way: 3/5; (2+1)/(4+1); (1+1)/(3+1); (0+1)/(2+1); longer than its reference: no penalty
+    # the other way: 3/5; (2+1)/(4+1); (1+1)/(3+1); (0+1)/(2+1); longer than the other: no penalty
     other = (3 / 5 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    assert ev.self_bleu(["a b c d", "a b c e f"]) == pytest.approx((one + other) / 2)
-    # counts are clipped by the *most* any single other response has: "a a" against "a b" and "a c" gets 1 of 2
-    assert ev.self_bleu(["a a", "a b", "a c"]) < ev.self_bleu(["a a", "a a", "a c"])
+    assert metrics.self_bleu(["a b c d", "a b c e f"]) == about((one + other) / 2)
+
+
+def test_self_bleu_clips_by_the_most_that_any_single_other_response_has():
+    # "a a" against "a b" and "a c" gets 1 of 2, not 2 of 2
+    assert metrics.self_bleu(["a a", "a b", "a c"]) < metrics.self_bleu(["a a", "a a", "a c"])
 
 
 def lcs_by_hand(a, b):
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, j in itertools.product(range(len(a)), range(len(b))):
-        table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
+        if a[i] == b[j]:
+            table[i + 1][j + 1] = table[i][j] + 1
+        else:
+            table[i + 1][j + 1] = max(table[i][j + 1], table[i + 1][j])
     return table[-1][-1]
 
 
-def test_lcs_and_self_rouge():
-    assert ev.lcs("abcbdab", "bdcaba") == 4 and ev.lcs("", "ab") == 0 and ev.lcs("ab", "") == 0
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("a, b, length", [
+    ("abcbdab", "bdcaba", 4),
+    ("", "ab", 0),
+    ("ab", "", 0),
+])
+def test_lcs(a, b, length):
+    assert metrics.lcs(a, b) == length
+
+
+def test_lcs_is_that_of_the_usual_table():
+    generator = torch.Generator().manual_seed(0)
+
+    def random_tokens():
+        length = int(torch.randint(0, 90, (1,), generator=generator))
+        return torch.randint(0, 4, (length,), generator=generator).tolist()
+
     for _ in range(200):
-        a, b = (torch.randint(0, 4, (int(torch.randint(0, 90, (1,), generator=g)),), generator=g).tolist() for _ in range(2))
-        assert ev.lcs(a, b) == lcs_by_hand(a, b)
+        a, b = random_tokens(), random_tokens()
+        assert metrics.lcs(a, b) == lcs_by_hand(a, b)
+
+
+def test_self_rouge():
     # LCS("a b c d", "a c d") = 3: P = 3/4, R = 1, F1 = 6/7; the others share nothing
-    assert ev.self_rouge(["a b c d", "a c d", "x"]) == pytest.approx(6 / 7 / 3)
-    assert ev.self_rouge(["", ""]) == pytest.approx(1.0)
+    assert metrics.self_rouge(["a b c d", "a c d", "x"]) == about(6 / 7 / 3)
+    assert metrics.self_rouge(["", ""]) == about(1.0)
 
 
-def test_vendi_and_cosine_distance():
-    eye = torch.eye(4)
-    assert ev.vendi(eye) == pytest.approx(4.0) and ev.cosine_distance(eye) == pytest.approx(1.0)
-    assert ev.vendi(eye[[0, 0, 0]]) == pytest.approx(1.0) and ev.cosine_distance(eye[[0, 0, 0]]) == pytest.approx(0.0, abs=1e-9)
-    assert ev.vendi(eye[[0, 0, 1, 1]]) == pytest.approx(2.0)  # two clusters count as two
+EYE = torch.eye(4)
+
+
+@pytest.mark.parametrize("phi, effective_number, distance", [
+    (EYE, 4.0, 1.0),
+    (EYE[[0, 0, 0]], 1.0, 0.0),
+    (EYE[[0, 0, 1, 1]], 2.0, 2 / 3),  # two clusters count as two
+])
+def test_vendi_and_cosine_distance(phi, effective_number, distance):
+    assert metrics.vendi(phi) == about(effective_number)
+    assert metrics.cosine_distance(phi) == about(distance, abs=1e-9)
+
+
+def test_vendi_and_cosine_distance_of_two_by_hand():
     phi = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=-1)
-    lo, hi = (1 - 0.5 ** 0.5) / 2, (1 + 0.5 ** 0.5) / 2  # eigenvalues of [[1, c], [c, 1]] / 2
-    assert ev.vendi(phi) == pytest.approx(math.exp(-lo * math.log(lo) - hi * math.log(hi)), rel=1e-5)
-    assert ev.cosine_distance(phi) == pytest.approx(1 - 0.5 ** 0.5, rel=1e-5)
+    low = (1 - 0.5 ** 0.5) / 2  # the eigenvalues of [[1, c], [c, 1]] / 2
+    high = (1 + 0.5 ** 0.5) / 2
+    entropy = -low * math.log(low) - high * math.log(high)
+    assert metrics.vendi(phi) == about(math.exp(entropy), rel=1e-5)
+    assert metrics.cosine_distance(phi) == about(1 - 0.5 ** 0.5, rel=1e-5)
+
+
+# The first two mean nearly the same: their cosine is 0.995.
+PHI = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, -1.0]]), dim=1)
+
+
+@pytest.mark.parametrize("correct, phi, same, expected", [
+    ([True, True, True, False], PHI, 0.9, 2 / 6),  # the pairs (0, 2) and (1, 2) of 6 remain
+    ([True, True, True, False], PHI, 0.999, 3 / 6),
+    ([True, False, False, False], PHI, 0.9, 0.0),
+    ([True, True, True, True], EYE, 0.9, 1.0),
+])
+def test_effective_diversity(correct, phi, same, expected):
+    assert metrics.effective_diversity(correct, phi, same) == about(expected)
+
+
+def test_responses_are_different_below_a_cosine_of_nine_tenths_unless_said_otherwise():
+    correct = [True, True, True, False]
+    assert metrics.effective_diversity(correct, PHI) == about(2 / 6)
 
 
 def test_group_metrics():
     texts = ["Lisbon", "lisbon.", "rome", "paris"]
-    m = ev.group_metrics(texts, [1.0, 1.0, 1.0, 0.0], torch.eye(4))
+    m = metrics.group_metrics(texts, [1.0, 1.0, 1.0, 0.0], EYE)
     assert m["distinct_correct"] == 2  # "Lisbon" and "lisbon." are one answer, "paris" was wrong
-    assert m["quality"] == 0.75 and m["pass_at"] == {"1": 0.75, "2": 1.0, "4": 1.0} and m["max_at"]["1"] == pytest.approx(0.75)
-    assert m["log_det"] == pytest.approx(4 * math.log(2)) and m["vendi"] == pytest.approx(4)
-    graded = ev.group_metrics(texts, [0.4, 0.8, 0.9, 1.0], torch.eye(4))
-    assert graded["pass_at"]["1"] == 0.25 and graded["max_at"]["4"] == 1.0
+    assert m["quality"] == 0.75
+    assert m["pass_at"] == {"1": 0.75, "2": 1.0, "4": 1.0}
+    assert m["max_at"]["1"] == about(0.75)
+    assert m["log_det"] == about(4 * math.log(2))
+    assert m["vendi"] == about(4)
 
 
-def test_effective_diversity():
-    """Of 4 responses the first three are correct and the first two nearly the same: the pairs (0, 2) and (1, 2) of 6 remain."""
-    phi = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, -1.0]]), dim=1)
-    assert ev.effective_diversity([True, True, True, False], phi) == pytest.approx(2 / 6)
-    assert ev.effective_diversity([True, True, True, False], phi, same=0.999) == pytest.approx(3 / 6)  # their cosine is 0.995
-    assert ev.effective_diversity([True, False, False, False], phi) == 0.0
-    assert ev.effective_diversity([True] * 4, torch.eye(4)) == 1.0
+def test_group_metrics_of_graded_scores():
+    m = metrics.group_metrics(["a", "b", "c", "d"], [0.4, 0.8, 0.9, 1.0], EYE)
+    assert m["pass_at"]["1"] == 0.25
+    assert m["max_at"]["4"] == 1.0
 
 
 def test_metrics_over_the_correct_responses_alone():
     texts = ["a red cat sat down", "a red cat ran off", "x y z w v u", "a red cat sat down"]
-    m = ev.group_metrics(texts, [1.0, 1.0, 0.0, 0.5], torch.eye(4))
-    assert m["correct_distinct_4"] == ev.distinct_n(texts[:2], 4) == 1.0 and m["distinct_4"] < 1.0
-    assert m["correct_self_bleu_diversity"] == 1 - ev.self_bleu(texts[:2]) != m["self_bleu_diversity"]
-    lone = ev.group_metrics(texts, [1.0, 0.0, 0.0, 0.0], torch.eye(4))
-    assert lone["correct_distinct_4"] == lone["correct_self_bleu_diversity"] == lone["effective_diversity"] == 0.0
+    m = metrics.group_metrics(texts, [1.0, 1.0, 0.0, 0.5], EYE)
+    right = texts[:2]
+    assert m["correct_distinct_4"] == metrics.distinct_n(right, 4) == 1.0
+    assert m["distinct_4"] < 1.0
+    assert m["correct_self_bleu_diversity"] == 1 - metrics.self_bleu(right)
+    assert m["correct_self_bleu_diversity"] != m["self_bleu_diversity"]
 
 
+@pytest.mark.parametrize("key", [
+    "correct_distinct_4",
+    "correct_self_bleu_diversity",
+    "effective_diversity",
+])
+def test_a_lone_correct_response_has_no_diversity(key):
+    texts = ["a red cat sat down", "a red cat ran off", "x y z w v u", "a red cat sat down"]
+    assert metrics.group_metrics(texts, [1.0, 0.0, 0.0, 0.0], EYE)[key] == 0.0
+
+
+# ----------------------------------------------------------- over prompts, tasks and models
 def test_mean_and_standard_error():
-    mean, se = ev.mean_and_se([1.0, 2.0, 3.0, 6.0])
-    assert mean == 3.0 and se == pytest.approx((14 / 3) ** 0.5 / 2)
-    mean, se = ev.mean_and_se([{"1": 0.0}, {"1": 1.0}])
-    assert mean == {"1": 0.5} and se["1"] == pytest.approx(0.5)
+    mean, se = metrics.mean_and_se([1.0, 2.0, 3.0, 6.0])
+    assert mean == 3.0
+    assert se == about((14 / 3) ** 0.5 / 2)
+
+
+def test_mean_and_standard_error_of_dicts():
+    mean, se = metrics.mean_and_se([{"a": {"1": 0.0}, "b": 2}, {"a": {"1": 1.0}, "b": 2}])
+    assert mean == {"a": {"1": 0.5}, "b": 2.0}
+    assert se == {"a": {"1": about(0.5)}, "b": 0.0}
+
+
+def test_one_prompt_has_no_standard_error():
+    mean, se = metrics.mean_and_se([1.5])
+    assert mean == 1.5
+    assert math.isnan(se)
 
 
 def result(model, task, quality):
-    m = ev.group_metrics(["a", "b"], [quality, quality], torch.eye(2))
+    m = metrics.group_metrics(["a", "b"], [quality, quality], torch.eye(2))
     m.update(mean_tokens=3.0, truncated=0.0)
-    mean, se = ev.mean_and_se([m, m])
+    mean, se = metrics.mean_and_se([m, m])
     return dict(model=model, task=task, prompts=2, n=2, **mean, se=se)
 
 
-def test_table_and_average_and_plot(tmp_path):
-    results = [result(m, t, q) for m, q in (("base", 0.5), ("trained", 1.0)) for t in ("story", "reason")]
-    models = ev.by_model(results)
-    assert models["base"][-1]["task"] == "average" and models["base"][-1]["quality"] == 0.5 and models["base"][-1]["prompts"] == 4
-    text = ev.table(results)
-    assert "story: 2 prompts x 2 responses" in text and "0.500 ± 0.000" in text and "1 - self-BLEU" in text
-    ev.plot(results, tmp_path / "plane.png")
+def test_average():
+    one = dict(model="m", task="a", prompts=2, n=4, quality=0.2, pass_at={"1": 0.0},
+               se=dict(quality=0.3, pass_at={"1": 0.0}))
+    two = dict(model="m", task="b", prompts=3, n=4, quality=0.4, pass_at={"1": 1.0},
+               se=dict(quality=0.4, pass_at={"1": 0.1}))
+    assert metrics.average([one, two]) == dict(
+        model="m",
+        task="average",
+        prompts=5,
+        n=4,
+        quality=about(0.3),
+        pass_at={"1": 0.5},
+        se=dict(quality=about(0.25), pass_at={"1": about(0.05)}),  # (0.3² + 0.4²)^½ / 2
+    )
+
+
+RESULTS = [
+    result("base", "story", 0.5),
+    result("base", "reason", 0.5),
+    result("trained", "story", 1.0),
+    result("trained", "reason", 1.0),
+]
+
+
+def test_by_model():
+    models = metrics.by_model(RESULTS)
+    assert list(models) == ["base", "trained"]
+    assert [r["task"] for r in models["base"]] == ["story", "reason", "average"]
+    assert models["base"][-1]["quality"] == 0.5
+    assert models["base"][-1]["prompts"] == 4
+    alone = metrics.by_model(RESULTS[:1])
+    assert [r["task"] for r in alone["base"]] == ["story"]  # one task is its own average
+
+
+# ----------------------------------------------------------------------- what is shown of it
+@pytest.mark.parametrize("part", [
+    "story: 2 prompts x 2 responses",
+    "reason: 2 prompts x 2 responses",
+    "average: 4 prompts x 2 responses",
+    "0.500 ± 0.000",
+    "1 - self-BLEU",
+    "pass@1 ",
+    "pass@2 ",
+    "max@2 ",
+])
+def test_table(part):
+    assert part in report.table(RESULTS)
+
+
+def test_table_has_a_line_per_metric_and_a_column_per_model():
+    text = report.table(RESULTS)
+    [quality, *_] = [line for line in text.splitlines() if line.startswith("  quality")]
+    assert quality.split() == ["quality", "0.500", "±", "0.000", "1.000", "±", "0.000"]
+    assert "max@1 " not in text  # the mean, which stands in the line of quality
+    json.dumps(RESULTS)
+
+
+def test_change_shows_what_to_judge_by():
+    text = report.change(RESULTS[:2], RESULTS[2:])
+    head, *lines = text.splitlines()[2:]
+    assert text.splitlines()[1] == "4 test prompts, 2 responses each, base -> trained"
+    assert head.split("  ")[0] == "task"
+    for column in ("quality", "pass@2", "distinct correct", "effective diversity"):
+        assert column in head
+    assert [line.split()[0] for line in lines] == ["story", "reason", "average"]
+    assert lines[0].split()[1:] == [
+        *("0.50", "->", "1.00"),  # quality
+        *("0.00", "->", "1.00"),  # pass@2: "a" and "b" are right after training only
+        *("0.0", "->", "2.0"),  # distinct correct
+        *("0.00", "->", "1.00"),  # effective diversity
+    ]
+
+
+def test_change_fits_into_90_columns():
+    before = result("base", "a_task_with_a_very_long_name", -12.34)
+    after = result("trained", "a_task_with_a_very_long_name", 12.34)
+    assert max(map(len, report.change([before], [after]).splitlines())) <= 90
+
+
+def test_plot(tmp_path):
+    report.plot(RESULTS, tmp_path / "plane.png")
     assert (tmp_path / "plane.png").stat().st_size > 10_000
-    json.dumps(results)
+
+
+def run_folder(folder, steps, gain=0.5):
+    rows = []
+    for step in range(1, steps + 1):
+        rows.append(dict(step=step, quality=step / steps, distinct=0.9, gain=gain, length=7.5))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("steps, gain", [
+    (50, 0.5),
+    (50, None),  # grpo embeds nothing
+    (1, 0.5),
+])
+def test_plot_run(tmp_path, steps, gain):
+    path = report.plot_run(run_folder(tmp_path, steps, gain))
+    assert path == tmp_path / "run.png"
+    assert path.stat().st_size > 10_000
+
+
+def test_plot_run_without_matplotlib(tmp_path, monkeypatch):
+    usual = builtins.__import__
+
+    def without_matplotlib(name, *args, **kw):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return usual(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    assert report.plot_run(run_folder(tmp_path, 3)) is None
+    assert not (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize("values, width, expected", [
+    ([1.0, 2.0, 6.0], 2, [1.5, 3.0, 4.0]),
+    ([1.0, 2.0, 6.0], 1, [1.0, 2.0, 6.0]),
+    ([0.0, 0.0, 5.0, 0.0, 0.0], 4, [5 / 3, 5 / 4, 1.0, 5 / 4, 5 / 3]),
+    ([4.0], 20, [4.0]),
+    ([], 20, []),
+])
+def test_running_mean(values, width, expected):
+    assert report.running_mean(values, width) == about(expected)
+
+
+# ------------------------------------------------------------------------------ the evaluation
+class WordCounts:
+    def encode(self, texts):
+        return torch.tensor([[1.0, *self.counts(text)] for text in texts])
+
+    def counts(self, text):
+        return [text.split().count(f"w{i}") for i in range(3, 40)]
+
+
+def nothing(prompts, responses, records):  # a reward
+    return [0.0] * len(responses)
+
+
+RECORDS = [dict(prompt="w5 w6", task="a"), dict(prompt="w7", task="b")]
+
+
+def test_evaluate(model, tokenizer):
+    """A result per task, and every response kept, as one call of `sample` draws them."""
+    def longer_than_two(prompts, responses, records):
+        assert prompts == [r["prompt"] for r in records] == ["w5 w6"] * 3 + ["w7"] * 3
+        return [float(len(response.split()) > 2) for response in responses]
+
+    judges = evaluation.Judges(WordCounts(), longer_than_two)
+    sampling = evaluation.Sampling(n=3, max_new_tokens=6, seed=1)
+    kept = []
+    results = evaluation.evaluate("m", (model, tokenizer), judges, RECORDS, sampling, kept)
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, ["w5 w6", "w7"], 3, 6)
+    assert [s["response"] for s in kept] == rollout.texts
+    assert [s["task"] for s in kept] == ["a"] * 3 + ["b"] * 3
+    assert set(kept[0]) == {"model", "task", "prompt", "response", "quality"}
+    assert [(r["model"], r["task"], r["prompts"], r["n"]) for r in results] == [
+        ("m", "a", 1, 3),
+        ("m", "b", 1, 3),
+    ]
+    for i, r in enumerate(results):
+        group = slice(3 * i, 3 * i + 3)
+        assert r["quality"] == about(sum(s["quality"] for s in kept[group]) / 3)
+        assert r["mean_tokens"] == about(rollout.mask[group].sum().item() / 3)
+        assert r["truncated"] == about(rollout.truncated[group].float().mean().item())
+        assert "nll" not in r
 
 
 def test_nll_under_the_judge(model, tokenizer):
-    """The responses of one model scored by another, against cross-entropy one response at a time."""
-    judge, rows = random_llama(40, seed=1), [dict(prompt="w5 w6", task="a"), dict(prompt="w7", task="a")]
-    kept = []
-    [result] = ev.evaluate("m", model, tokenizer, WordCounts(), rows, lambda p, t, r: [0.0] * len(t), 3, 6, judge=judge, keep=kept)
+    """The responses of one model scored by another, against cross-entropy one at a time."""
+    judge = random_llama(40, seed=1)
+    judges = evaluation.Judges(WordCounts(), nothing, judge)
+    sampling = evaluation.Sampling(n=3, max_new_tokens=6)
+    results = evaluation.evaluate("m", (model, tokenizer), judges, RECORDS, sampling)
     torch.manual_seed(0)
     rollout = sample(model, tokenizer, ["w5 w6", "w7"], 3, 6)
-    assert [s["response"] for s in kept] == rollout.texts
-    per_group = []
-    for i in (0, 3):
+    for r, first in zip(results, (0, 3)):
         losses = []
-        for j in range(i, i + 3):
+        for j in range(first, first + 3):
             real = rollout.attention_mask[j].bool()
             ids, n = rollout.tokens[j][real], int(rollout.mask[j].sum())
-            losses.append(F.cross_entropy(judge(ids[None]).logits[0, -n - 1:-1], ids[-n:], reduction="none"))
-        per_group.append(torch.cat(losses).mean().item())
-    assert result["nll"] == pytest.approx(sum(per_group) / 2, abs=1e-4)
+            logits = judge(ids[None]).logits[0, -n - 1:-1]
+            losses.append(F.cross_entropy(logits, ids[-n:], reduction="none"))
+        assert r["nll"] == about(torch.cat(losses).mean().item(), abs=1e-4)
 
 
-class WordCounts:
-    def encode(self, texts):
-        return torch.tensor([[1.0, *(t.split().count(f"w{i}") for i in range(3, 40))] for t in texts])
+def run_of(folder, max_new_tokens):
+    folder.mkdir(parents=True)
+    config = dict(max_new_tokens=max_new_tokens)
+    (folder / "run.json").write_text(json.dumps(dict(config=config)))
+    return folder
+
+
+def test_length_of_responses(tmp_path):
+    """That of the runs, the longest; the tiny base model's own only where it is alone, and only
+    that of the repository: another folder of this name is a model like any other."""
+    short, long = run_of(tmp_path / "short", 30), run_of(tmp_path / "long", 70)
+    checkpoint = long / "checkpoints" / "step-5"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "tiny").mkdir()
+    for models, expected in [
+        (["data/tiny"], 24),
+        (["data/tiny", "gpt2"], 256),
+        ([str(tmp_path / "tiny")], 256),
+        (["data/tiny", str(short)], 30),
+        ([str(short), str(long)], 70),
+        (["data/tiny", str(checkpoint)], 70),
+    ]:
+        assert evaluation.default_max_new_tokens(models) == expected
+
+
+def test_length_of_responses_of_a_damaged_run(tmp_path):
+    run = run_of(tmp_path / "run", "many")
+    with pytest.raises(BadInput, match="is not the run.json of a run .*; give --max-new-tokens"):
+        evaluation.default_max_new_tokens([str(run)])

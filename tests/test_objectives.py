@@ -7,117 +7,251 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqo import BadInput, Config, diversity_bonus, dqo_step, policy_loss, sample, token_logps
-from test_step import ROWS, config
+import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
+from dqo import (
+    OBJECTIVES,
+    BadInput,
+    Config,
+    dqo_step,
+    objective,
+    policy_loss,
+    sample,
+    token_logps,
+)
+from test_step import K, LONGEST, PROMPTS, ROWS, config, sgd
 
 E1, E2, E3 = torch.eye(3)
 
 
-def bonus(objective, quality, phi=None, logp=None, alpha=None):
-    alpha = Config(objective=objective).alpha if alpha is None else alpha
-    stack = lambda x: None if x is None else torch.stack(x) if isinstance(x[0], torch.Tensor) else torch.tensor(x)
-    return diversity_bonus(objective, alpha, torch.tensor([quality]), *(None if x is None else stack(x)[None] for x in (phi, logp)))[0].tolist()
+def bonus(name, quality, phi=None, logp=None, alpha=None):
+    """What is added to the qualities of one group, as a list. logp: a mean per response."""
+    if alpha is None:
+        alpha = Config(objective=name).alpha
+    if phi is not None:
+        phi = torch.stack(phi)[None]                                        # (1, k, D)
+    if logp is not None:
+        logp = torch.tensor(logp)[None, :, None]                            # (1, k, 1)
+    added = OBJECTIVES[name](torch.tensor([quality]), phi, logp, alpha)
+    return added[0].tolist()
 
 
 def test_published_strengths():
-    assert {o: Config(objective=o).alpha for o in ("dqo", "pairwise", "likelihood", "entropy", "darling", "dra")} == dict(
-        dqo=1.0, pairwise=1.0, likelihood=0.25, entropy=0.01, darling=0.8, dra=1.0)
+    """Each objective has its own default alpha; an alpha of 0 is not taken for a missing one."""
+    published = dict(dqo=1.0, pairwise=1.0, likelihood=0.25, entropy=0.01, darling=0.8, dra=1.0)
+    assert {name: Config(objective=name).alpha for name in published} == published
     assert Config(objective="likelihood", alpha=0.0).alpha == 0.0
 
 
 def test_dqo_and_grpo():
+    """grpo adds nothing, dqo alpha times the marginal gains: here log 6/4, log 6/4, log 6/3."""
     assert bonus("grpo", [1.0, 0.0, 0.5]) == [0.0, 0.0, 0.0]
-    torch.testing.assert_close(bonus("dqo", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=2.0), [2 * math.log(1.5), 2 * math.log(1.5), 2 * math.log(2)], rtol=1e-6, atol=0)
+    gains = bonus("dqo", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=2.0)
+    by_hand = [2 * math.log(1.5), 2 * math.log(1.5), 2 * math.log(2)]
+    torch.testing.assert_close(gains, by_hand, rtol=1e-6, atol=0)
 
 
 def test_pairwise():
-    torch.testing.assert_close(bonus("pairwise", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=3.0), [1.5, 1.5, 3.0])  # distances 0, 1, 1
+    """The mean distance to the two others, which are 0 or 1 away, times alpha."""
+    distances = bonus("pairwise", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=3.0)
+    torch.testing.assert_close(distances, [1.5, 1.5, 3.0])
 
 
 def test_likelihood():
-    """Ranks among all four, the wrong one included, 0 the least likely: 2, 1, 0, 3. A reward of 0 or below is left alone."""
-    torch.testing.assert_close(bonus("likelihood", [1.0, 1.0, 0.0, 2.0], logp=[-1.0, -2.0, -3.0, -0.5], alpha=0.5), [-0.25, -0.125, 0.0, -0.75])
-    torch.testing.assert_close(bonus("likelihood", [1.0, -1.0], logp=[-1.0, -2.0], alpha=1.0), [-0.5, 0.0])
-    assert bonus("likelihood", [1.0, 1.0], logp=[-1.0, -1.0 + 1e-6], alpha=1.0) == [0.0, 0.0]  # neither is less likely, but for rounding
+    """A reward loses the more the likelier its response; at 0 or below it is left alone.
+
+    Ranks are among all four, the wrong one included, 0 the least likely: here 2, 1, 0, 3.
+    """
+    ranked = bonus(
+        "likelihood", [1.0, 1.0, 0.0, 2.0], logp=[-1.0, -2.0, -3.0, -0.5], alpha=0.5)
+    torch.testing.assert_close(ranked, [-0.25, -0.125, 0.0, -0.75])
+    negative = bonus("likelihood", [1.0, -1.0], logp=[-1.0, -2.0], alpha=1.0)
+    torch.testing.assert_close(negative, [-0.5, 0.0])
+    # Neither is less likely, but for rounding.
+    assert bonus("likelihood", [1.0, 1.0], logp=[-1.0, -1.0 + 1e-6], alpha=1.0) == [0.0, 0.0]
+
+
+def test_likelihood_is_per_token():
+    """The mean is over a response's own tokens: -2 and -3, though the sums are -6 and -3."""
+    logp = torch.tensor([[[-1.0, -2.0, -3.0], [-3.0, math.nan, math.nan]]])
+    added = OBJECTIVES["likelihood"](torch.ones(1, 2), None, logp, 1.0)
+    torch.testing.assert_close(added, torch.tensor([[-0.5, 0.0]]))
+
+
+def turned(degrees):
+    """E1, turned this far towards E2."""
+    angle = math.radians(degrees)
+    return torch.tensor([math.cos(angle), math.sin(angle), 0.0])
 
 
 def test_darling():
-    """Clusters are transitive: at 40 degrees each to the next, 1 and 3 are alike through 2 (cosine 0.77 each, 0.17 between them)."""
-    turn = lambda degrees: torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), 0.0])
-    chain = [turn(0), turn(40), turn(80), E3]
-    torch.testing.assert_close(bonus("darling", [1.0, 1.0, 0.5, 1.0], chain, alpha=0.7), [1 / 3 - 1, 1 / 3 - 1, 0.5 / 3 - 0.5, 0.0])
-    torch.testing.assert_close(bonus("darling", [1.0, 1.0, 0.0, 1.0], [E1] * 4), [-0.9, -0.9, 0.0, -0.9])  # at least a tenth is left
-    torch.testing.assert_close(bonus("darling", [1.0, 0.0, 0.0, 1.0], chain, alpha=0.9), [0.0] * 4)  # no two alike
-    assert bonus("darling", [-1.0, -1.0, 0.0], [E1, E1, E2]) == [0.0] * 3  # a copy of something bad is as bad
-    many = F.normalize(torch.eye(64) + 2 * torch.eye(64).roll(1, 0), dim=1)  # a ring of 64, each linked to its two neighbours
-    assert diversity_bonus("darling", 0.3, torch.ones(1, 64), many[None])[0].tolist() == pytest.approx([-0.9] * 64)
+    """A reward shrinks with the size of its cluster, and clusters are transitive.
+
+    In a chain with 40 degrees from each to the next, 1 and 3 are alike through 2: the cosine
+    of neighbours is 0.77, that of 1 and 3 only 0.17.
+    """
+    chain = [turned(0), turned(40), turned(80), E3]
+    clustered = bonus("darling", [1.0, 1.0, 0.5, 1.0], chain, alpha=0.7)
+    torch.testing.assert_close(clustered, [1 / 3 - 1, 1 / 3 - 1, 0.5 / 3 - 0.5, 0.0])
+    no_two_alike = bonus("darling", [1.0, 0.0, 0.0, 1.0], chain, alpha=0.9)
+    torch.testing.assert_close(no_two_alike, [0.0] * 4)
+
+    # At least a tenth is left.
+    all_equal = bonus("darling", [1.0, 1.0, 0.0, 1.0], [E1] * 4)
+    torch.testing.assert_close(all_equal, [-0.9, -0.9, 0.0, -0.9])
+    # A copy of something bad is as bad.
+    assert bonus("darling", [-1.0, -1.0, 0.0], [E1, E1, E2]) == [0.0] * 3
+
+    # A ring of 64, each linked to its two neighbours, is one cluster.
+    ring = F.normalize(torch.eye(64) + 2 * torch.eye(64).roll(1, 0), dim=1)
+    added = bonus("darling", [1.0] * 64, list(ring), alpha=0.3)
+    assert added == pytest.approx([-0.9] * 64)
 
 
 def test_dra():
     """Each reward over the sum of its row of L, what is opposite counting nothing: 2, 2, 1, 1."""
     group = [E1, E1, E2, -E2]
-    torch.testing.assert_close(bonus("dra", [1.0, 0.5, 1.0, 0.0], group), [-0.5, -0.25, 0.0, 0.0])
-    torch.testing.assert_close(bonus("dra", [1.0, -1.0, 1.0, 0.0], group, alpha=2.0), [-0.75, 0.0, 0.0, 0.0])
+    once = bonus("dra", [1.0, 0.5, 1.0, 0.0], group)
+    torch.testing.assert_close(once, [-0.5, -0.25, 0.0, 0.0])
+    squared = bonus("dra", [1.0, -1.0, 1.0, 0.0], group, alpha=2.0)
+    torch.testing.assert_close(squared, [-0.75, 0.0, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("objective", ["dqo", "pairwise", "likelihood", "darling", "dra"])
-def test_each_group_is_on_its_own(objective):
+@pytest.mark.parametrize("name", ["dqo", "pairwise", "likelihood", "darling", "dra"])
+def test_each_group_is_on_its_own(name):
+    """Three groups at once get what each gets alone."""
     torch.manual_seed(0)
-    quality, phi, logp = torch.rand(3, 4), F.normalize(torch.randn(3, 4, 2), dim=-1), -torch.rand(3, 4)
-    strength = Config(objective=objective).alpha
-    together = diversity_bonus(objective, strength, quality, phi, logp)
-    alone = torch.cat([diversity_bonus(objective, strength, *(x[i:i + 1] for x in (quality, phi, logp))) for i in range(3)])
-    torch.testing.assert_close(together, alone)
+    quality = torch.rand(3, 4)
+    phi = F.normalize(torch.randn(3, 4, 2), dim=-1)
+    logp = -torch.rand(3, 4)[:, :, None]
+    strength, add = Config(objective=name).alpha, OBJECTIVES[name]
+    together = add(quality, phi, logp, strength)
+    alone = []
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone.append(add(quality[one], phi[one], logp[one], strength))
+    torch.testing.assert_close(together, torch.cat(alone))
     assert together.std() > 0.01
 
 
-# ------------------------------------------------------------------- entropy: a weight per token, after the baseline
-def entropy_step(model, tokenizer, quality, **kw):
-    """The change that one step of plain gradient ascent makes when all responses have this quality."""
-    model, reward = copy.deepcopy(model), lambda prompts, responses, rows: [quality] * len(responses)
+# --------------------------------------------------- a weight per token, after the baseline
+def step_at_equal_quality(model, tokenizer, quality, **kw):
+    """The change of each parameter in one step at lr 1 when all responses have this quality."""
+    model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def reward(prompts, responses, rows):
+        return [quality] * len(responses)
     torch.manual_seed(4)
-    dqo_step(model, tokenizer, None, reward, optimizer, ROWS, config(objective="entropy", **kw))
-    return model, [p.detach() - b for p, b in zip(model.parameters(), before)]
+    dqo_step(model, tokenizer, None, reward, sgd(model), ROWS, config(**kw))
+    return [p.detach() - b for p, b in zip(model.parameters(), before)]
+
+
+def check_change(change, model, rollout, weight):
+    """It is the gradient ascent of sum over tokens of weight * log pi, and not zero."""
+    loss, _ = policy_loss(token_logps(model, rollout), weight, rollout.mask, LONGEST)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for got, g in zip(change, expected, strict=True):
+        torch.testing.assert_close(got, -g, rtol=1e-4, atol=1e-7)
+    assert max(c.abs().max() for c in change) > 1e-4
+
+
+@pytest.fixture
+def known_objectives():
+    """What a test adds to OBJECTIVES is forgotten after it."""
+    known = dict(OBJECTIVES)
+    yield
+    OBJECTIVES.clear()
+    OBJECTIVES.update(known)
+
+
+def test_a_bonus_per_response_is_centred_and_a_weight_per_token_is_not(
+        model, tokenizer, known_objectives):
+    """The same constant does nothing as (P, k), and as (P, k, 1) weighs every token."""
+    @objective(embeds=False)
+    def before_the_baseline(quality, phi, logp, alpha):
+        return torch.full_like(quality, alpha)
+
+    @objective(embeds=False)
+    def after_the_baseline(quality, phi, logp, alpha):
+        return torch.full_like(quality, alpha)[:, :, None]
+
+    options = dict(alpha=0.3, micro_batch=5)
+    change = step_at_equal_quality(
+        model, tokenizer, 1.0, objective="before_the_baseline", **options)
+    assert max(c.abs().max() for c in change) == 0
+
+    change = step_at_equal_quality(
+        model, tokenizer, 1.0, objective="after_the_baseline", **options)
+    torch.manual_seed(4)
+    rollout = sample(model, tokenizer, PROMPTS, K, LONGEST)
+    check_change(change, model, rollout, torch.full((len(rollout.texts),), 0.3))
 
 
 def test_entropy_weights_each_token(model, tokenizer):
-    """All rewards are equal, so nothing is left of them, and the update is that of -alpha (log pi + 1) / length alone."""
+    """With all rewards equal, the update is that of -alpha (log pi + 1) / length alone."""
     for size in (0, 5):
-        _, change = entropy_step(model, tokenizer, 1.0, alpha=0.3, micro_batch=size)
+        change = step_at_equal_quality(
+            model, tokenizer, 1.0, objective="entropy", alpha=0.3, micro_batch=size)
         torch.manual_seed(4)
-        rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
-        weight = -0.3 * (rollout.logp + 1) / rollout.mask.sum(1, keepdim=True)       # (B, T)
-        loss, _ = policy_loss(token_logps(model, rollout), weight, rollout.mask, 10)
-        for got, g in zip(change, torch.autograd.grad(loss, list(model.parameters()))):
-            torch.testing.assert_close(got, -g, rtol=1e-4, atol=1e-7)
-        assert max(c.abs().max() for c in change) > 1e-4
+        rollout = sample(model, tokenizer, PROMPTS, K, LONGEST)
+        length = rollout.mask.sum(1, keepdim=True)                          # (B, 1)
+        weight = -0.3 * (rollout.logp + 1) / length                         # (B, T)
+        check_change(change, model, rollout, weight)
 
 
 def test_entropy_leaves_wrong_answers_alone(model, tokenizer):
-    assert all(c.abs().max() == 0 for c in entropy_step(model, tokenizer, 0.5)[1])
+    """Below a reward of 1 there is no bonus, and with all rewards equal no update at all."""
+    change = step_at_equal_quality(model, tokenizer, 0.5, objective="entropy")
+    assert all(c.abs().max() == 0 for c in change)
 
 
 def test_entropy_does_not_push_correct_answers_down():
-    """A policy of one token, right with p = 0.4 in two ways and wrong in others. In expectation the bonus follows the gradient of
-    -sum over right tokens of p log p. Differentiating sum log pi of the right answers itself would make them less likely."""
+    """In expectation the bonus follows the gradient of -sum over right tokens of p log p.
+
+    A policy of one token, right with p = 0.4 in two ways and wrong in two others. To
+    differentiate sum log pi of the right answers itself would make them less likely.
+    """
     theta = torch.tensor([0.2, 0.2, 0.3, 0.3]).log().requires_grad_()
-    logp, right, mask = theta.log_softmax(0), torch.tensor([True, True, False, False]), torch.ones(4, 1, dtype=torch.bool)
+    right = torch.tensor([True, True, False, False])
+    logp = theta.log_softmax(0)
+    p = logp.exp().detach()
+
+    def gradient(value):
+        return torch.autograd.grad(value, theta, retain_graph=True)[0]
+
+    def right_mass(theta):
+        return theta.softmax(0)[right].sum()
+
+    loss = 0.0
     weight = -1.0 * right * (logp.detach() + 1)
-    up = -torch.autograd.grad(sum(p * policy_loss(l.view(1, 1), w.view(1, 1), mask[:1], 1)[0] for p, l, w in zip(logp.exp().detach(), logp, weight)), theta, retain_graph=True)[0]
-    torch.testing.assert_close(up, torch.autograd.grad(-(logp.exp() * logp)[right].sum(), theta, retain_graph=True)[0])
-    mass = lambda x: x.softmax(0)[right].sum()
-    assert mass(theta + 0.1 * up) > mass(theta)
-    naive = torch.autograd.grad(-(logp.exp().detach() * logp)[right].sum(), theta)[0]
-    assert mass(theta + 0.1 * naive) < mass(theta)
+    one_token = torch.ones(1, 1, dtype=torch.bool)
+    for token in range(4):
+        part, _ = policy_loss(logp[token].view(1, 1), weight[token].view(1, 1), one_token, 1)
+        loss = loss + p[token] * part
+    up = -gradient(loss)
+    torch.testing.assert_close(up, gradient(-(logp.exp() * logp)[right].sum()))
+    assert right_mass(theta + 0.1 * up) > right_mass(theta)
+
+    naive = gradient(-(p * logp)[right].sum())
+    assert right_mass(theta + 0.1 * naive) < right_mass(theta)
 
 
-def test_strengths_and_groups_that_make_no_sense_are_refused():
-    for kw, message in ((dict(objective="likelihood", alpha=1.5), "at most 1"), (dict(objective="darling", alpha=1.0), "at most 0.999"),
-                        (dict(objective="darling", baseline="none", k=1), "k = 2"), (dict(objective="dra", k=1), "k = 2"), (dict(objective="dqo", baseline="none", k=1), "k = 2"),
-                        (dict(objective="dra", alpha=-1.0), "at least 0"), (dict(objective="dra", kernel="quality"), "dqo only")):
-        with pytest.raises(BadInput, match=message):
-            Config(**kw).check()
-    for objective in ("likelihood", "entropy", "darling", "dra"):
-        Config(objective=objective, k=2).check()
+@pytest.mark.parametrize("options, message", [
+    (dict(objective="likelihood", alpha=1.5), "at most 1"),
+    (dict(objective="darling", alpha=1.0), "at most 0.999"),
+    (dict(objective="darling", baseline="none", k=1), "k = 2"),
+    (dict(objective="dra", k=1), "k = 2"),
+    (dict(objective="dqo", baseline="none", k=1), "k = 2"),
+    (dict(objective="dra", alpha=-1.0), "at least 0"),
+    (dict(objective="dra", kernel="quality"), "dqo only"),
+])
+def test_strengths_and_groups_that_make_no_sense_are_refused(options, message):
+    """Too strong, too weak, too small a group, or a kernel that it does not have."""
+    with pytest.raises(BadInput, match=message):
+        Config(**options).check()
+
+
+@pytest.mark.parametrize("name", ["likelihood", "entropy", "darling", "dra"])
+def test_two_responses_are_enough_for_these(name):
+    """Only dqo and pairwise need a third: the mean baseline leaves these a signal at k = 2."""
+    Config(objective=name, k=2).check()

@@ -1,31 +1,49 @@
-"""What README.md shows is what happens."""
+"""What the four READMEs show is what happens."""
 
 import contextlib
 import csv
 import io
+import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dqo
+import eval as evaluation
 import train
+from data.objectives import load_objective
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data/results"))
-import tables
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data/results"))
+import tables  # noqa: E402
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+PLACES = ("README.md", "data/README.md", "data/results/README.md", "tests/README.md")
+TEXTS = {place: (ROOT / place).read_text() for place in PLACES}
+README, DATA, RESULTS, TESTS = TEXTS.values()
+TASKS = ("instruct", "summarize", "story", "reason")
 
 
-def block(start):
-    """The first fenced block that contains a text."""
-    return next(b for b in re.findall(r"```\w*\n(.*?)```", README, flags=re.S) if start in b)
+def block(text, start):
+    """The first fenced block of a text that contains `start`."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
+    return next(b for b in blocks if start in b)
+
+
+def section(text, heading):
+    """From a heading to the next one."""
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def numbers(text):
     return [float(x.replace("\u2212", "-")) for x in re.findall(r"[-+\u2212]?\d+\.\d+", text)]
+
+
+def cells(line):
+    return [x.strip() for x in line.strip("|").split("|")]
 
 
 def output_of(call):
@@ -35,64 +53,200 @@ def output_of(call):
     return out.getvalue()
 
 
+def read(name):
+    with (ROOT / "data/results" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def mean(objective, alpha, column, task="average"):
+    """Over the seeds, from comparison.csv."""
+    return statistics.mean(
+        float(row[column]) for row in read("comparison.csv")
+        if (row["objective"], row["alpha"], row["task"]) == (objective, alpha, task))
+
+
+# ------------------------------------------------------------------------- the code that is shown
+def worked_rows(text):
+    lines = (x for x in text.splitlines() if re.match(r"\| (paris|rome|nairobi) ", x))
+    return [numbers(line) for line in lines]
+
+
 def test_worked_group():
-    shown = block("$ python dqo.py").split("\n", 1)[1]
-    assert numbers(output_of(lambda: dqo.main(["paris", "paris", "rome", "nairobi"]))) == pytest.approx(numbers(shown), abs=0.011)
-    grpo, plain, quality = (numbers(line) for line in output_of(lambda: exec(block("load_encoder()"), {})).splitlines())
-    rows = [numbers(line) for line in README.splitlines() if re.match(r"\| (paris|rome|nairobi) ", line)]
-    for got, column in ((grpo, 0), (plain, 2), (quality, 4)):
-        assert [row[column] for row in rows] == pytest.approx(got, abs=0.002)
+    shown = block(README, "$ python dqo.py").split("\n", 1)[1]
+    printed = output_of(lambda: dqo.main(["paris", "paris", "rome", "nairobi"]))
+    assert numbers(printed) == pytest.approx(numbers(shown), abs=0.011)
+
+
+def test_worked_group_in_python():
+    """The rows of both tables: GRPO, gain, DQO, and in data/README.md the quality kernel too."""
+    code = block(DATA, "load_encoder()")
+    grpo, plain, quality = map(numbers, output_of(lambda: exec(code, {})).splitlines())
+    for text, columns in ((README, {0: grpo, 2: plain}), (DATA, {0: grpo, 2: plain, 4: quality})):
+        rows = worked_rows(text)
+        assert len(rows) == 4
+        for column, got in columns.items():
+            assert [row[column] for row in rows] == pytest.approx(got, abs=0.002)
+    assert [row[:3] for row in worked_rows(README)] == [row[:3] for row in worked_rows(DATA)]
+
+
+def test_objective_of_your_own(tmp_path):
+    """The four lines of data/README.md, by hand: of e1, e1, e2, e2 the middle is (1/2, 1/2)."""
+    path = tmp_path / "my.py"
+    path.write_text(block(DATA, "def spread("))
+    e1, e2 = [1.0, 0.0], [0.0, 1.0]
+    phi = torch.tensor([[e1, e1, e2, e2]])                                  # (1, 4, 2)
+    load_objective(f"{path}:spread")
+    got = dqo.OBJECTIVES.pop(f"{path}:spread")(torch.ones(1, 4), phi, torch.zeros(1, 4, 3), 0.5)
+    torch.testing.assert_close(got, torch.full((1, 4), 0.5 * math.sqrt(0.5)))
+
+
+def test_reward_of_your_own():
+    space = {}
+    exec(block(DATA, "def score("), space)
+    responses = ['"Look at me," said Max.', "Max ran home.", '"No."']
+    assert space["score"]([""] * 3, responses, [{}] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_generating(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = block("pipeline(").replace("runs/dqo", str(dqo.ROOT / "data/tiny"))
+    code = block(DATA, "pipeline(").replace("runs/dqo", str(ROOT / "data/tiny"))
     assert output_of(lambda: exec(code, {})).strip()
 
 
-def test_every_flag_and_file_it_names_exists():
-    flags = set(re.findall(r"python train\.py[^`\n#]*", README)) | {m for m in re.findall(r"`(--[a-z-]+)", README)}
-    known = output_of(lambda: pytest.raises(SystemExit, train.parse, ["--help"])) + output_of(lambda: pytest.raises(SystemExit, __import__("eval").main, ["--help"]))
-    for flag in {f for text in flags for f in re.findall(r"--[a-z-]+", text)}:
-        assert flag in known, flag
-    for path in re.findall(r"\]\(((?:data|dqo|LICENSE)[^)]*)\)", README):
-        assert (dqo.ROOT / path).exists(), path
+# --------------------------------------------------------------------- names, links, flags, width
+def test_every_flag_exists():
+    def help_of(main):
+        return output_of(lambda: pytest.raises(SystemExit, main, ["--help"]))
+
+    known = set(re.findall(r"--[a-z-]+", help_of(train.main) + help_of(evaluation.main)))
+    for place, text in TEXTS.items():
+        text = text.replace("\\\n", " ")  # a command on two lines
+        shown = re.findall(r"python (?:train|eval)\.py[^`\n#]*", text)
+        shown += re.findall(r"`--[a-z-]+", text)
+        for flag in re.findall(r"--[a-z-]+", " ".join(shown)):
+            assert flag in known, f"{flag} in {place}"
 
 
-def test_cities_are_those_of_the_csv():
-    rows = [r for r in csv.DictReader((dqo.ROOT / "data/results/cities.csv").open()) if r["template"] == "I recommend visiting {city}, {country}."]
-    lines = [x for x in README[README.index("## The geometry"):README.index("## The files")].splitlines() if re.match(r"\| (uniform|largest|the same)", x)]
-    assert len(rows) == len(lines) == 4
-    for row, line in zip(rows, lines):
-        shown = [x.strip() for x in line.strip("|").split("|")][1:]
-        assert shown == [row["cities_above_1_percent"], f"{float(row['effective_cities']):.1f}", f"{float(row['vendi']):.1f}",
-                         f"{float(row['distance']):.3f}", f"{float(row['log_det']):.3f}"], row["objective"]
-    first_four = [sum(sorted((float(x) for x in re.findall(r"([\d.]+) %", r["top"])), reverse=True)[:4]) for r in rows[1:]]
-    assert f"{first_four[0]:.0f} % on four" in README and f"the best for volume {first_four[2]:.0f} %" in README
-    all_rows = {(r["template"], r["objective"]): float(r["effective_cities"]) for r in csv.DictReader((dqo.ROOT / "data/results/cities.csv").open())}
-    ratios = [x / all_rows[t, "pairwise"] for (t, o), x in all_rows.items() if o == "volume"]
-    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as many" in README
+def anchors(text):
+    """What GitHub makes of the headings: "## What fits where" -> what-fits-where."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_links_lead_somewhere(place):
+    text = re.sub(r"```.*?```", "", TEXTS[place], flags=re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / place).parent / path if path else ROOT / place
+        assert target.exists(), link
+        if anchor:
+            target = target / "README.md" if target.is_dir() else target
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_every_test_that_is_named_exists():
+    named = {x for text in TEXTS.values() for x in re.findall(r"(test_\w+\.py)::(test_\w+)", text)}
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
+def test_code_fits_the_page():
+    for block in re.findall(r"```\w*\n(.*?)```", README, flags=re.S):
+        for line in block.splitlines():
+            assert len(line) <= 90, line
+
+
+# ------------------------------------------------------------ the numbers are those of the CSVs
 def test_tables_are_those_of_the_csvs():
-    """Every line that data/results/tables.py prints from the CSVs stands in the README."""
+    """Every line that data/results/tables.py prints stands in the README beside it."""
     lines = [x for x in output_of(tables.show).splitlines() if x]
     assert len(lines) > 50 and all(x.startswith("| ") for x in lines)
     for line in lines:
-        assert line in README, line
+        assert line in RESULTS, line
 
 
-def test_headline_is_that_of_the_csvs():
-    rows = tables.read("comparison.csv")
-    mean = lambda o, a, column: statistics.mean(tables.pick(rows, column, objective=o, alpha=a, task="average"))
-    ours, grpo = ([mean(o, a, c) for c in ("quality", "distinct_correct", "effective_diversity", "second_effective_diversity")] for o, a in (("dqo", "1"), ("grpo", "")))
-    for text in (f"the quality is {ours[0]:.2f} against {grpo[0]:.2f}", f"{ours[1]:.1f} against {grpo[1]:.1f}, more on every task",
-                 f"Effective diversity is {ours[2]:.2f} against {grpo[2]:.2f}, and {ours[3]:.2f} against {grpo[3]:.2f}", f"({ours[1] / grpo[1]:.1f} times in the mean"):
-        assert text in README, text
-    for task in ("instruct", "summarize", "story", "reason"):
-        distinct = lambda o, a: statistics.mean(tables.pick(rows, "distinct_correct", objective=o, alpha=a, task=task))
-        assert distinct("dqo", "1") > distinct("grpo", "")
-    most = {c: max(tables.everybody(), key=lambda who: mean(*who, c))[0] for c in ("quality", "distinct_correct", "effective_diversity", "second_effective_diversity")}
-    assert most == dict(quality="pairwise", distinct_correct="likelihood", effective_diversity="darling", second_effective_diversity="likelihood")
-    train = {(r["objective"], r["alpha"]): float(r["quality"]) for r in tables.read("strengths.csv") if r["split"] == "train"}
-    assert f"({train['dqo', '1']:.3f} against 0.918)" in README
+def test_headline_table_is_that_of_the_csvs():
+    names = {"base model": "base", "GRPO": "grpo", "DQO": "dqo"}
+    rows = [cells(x) for x in section(README, "What it gives").splitlines() if x.startswith("| ")]
+    assert len(rows) - 1 == 7
+    for label, quality, distinct, effective in rows[1:]:
+        name, _, alpha = label.partition(", α = ")
+        who = names.get(name, name.strip("`")), alpha
+        assert quality == f"{mean(*who, 'quality'):.2f}", label
+        assert distinct == f"{mean(*who, 'distinct_correct'):.1f}", label
+        assert effective == f"{mean(*who, 'effective_diversity'):.2f}", label
+
+
+def test_claims_are_those_of_the_csvs():
+    """What is said about DQO with alpha = 1 against GRPO, and who is best at what."""
+    columns = ("quality", "distinct_correct", "effective_diversity", "second_effective_diversity")
+    ours, grpo = ([mean(*who, c) for c in columns] for who in (("dqo", "1"), ("grpo", "")))
+    for text in (
+            f"the quality is {ours[0]:.2f} against {grpo[0]:.2f}",
+            f"{ours[1]:.1f} against {grpo[1]:.1f}, more on every task",
+            f"Effective diversity is {ours[2]:.2f} against {grpo[2]:.2f}, "
+            f"and {ours[3]:.2f} against {grpo[3]:.2f}",
+            f"({ours[1] / grpo[1]:.1f} times in the mean"):
+        assert text in RESULTS, text
+    assert (f"GRPO ends at quality {grpo[0]:.2f} with {grpo[1]:.1f} distinct correct answers "
+            f"of 16, DQO at {ours[0]:.2f} with {ours[1]:.1f}") in README
+    for task in TASKS:
+        column = "distinct_correct"
+        assert mean("dqo", "1", column, task) > mean("grpo", "", column, task)
+    everybody = {(r["objective"], r["alpha"]) for r in read("comparison.csv")} - {("base", "")}
+    best = [max(everybody, key=lambda who: mean(*who, c))[0] for c in columns]
+    assert best == ["pairwise", "likelihood", "darling", "likelihood"]
+    train_quality = {(r["objective"], r["alpha"]): float(r["quality"])
+                     for r in read("strengths.csv") if r["split"] == "train"}
+    assert f"({train_quality['dqo', '1']:.3f} against 0.918)" in RESULTS
+
+
+def test_what_did_not_work_is_that_of_the_csvs():
+    """The lines under README's table."""
+    ours, darling = ([mean(*who, c) for c in ("quality", "distinct_correct")]
+                     for who in (("dqo", "1"), ("darling", "0.9")))
+    assert f"`darling` as many at {darling[0] - ours[0]:.2f} more quality" in README
+    assert f"{darling[1]:.1f}" == f"{ours[1]:.1f}"
+    trained = {(r["objective"], r["alpha"]) for r in read("comparison.csv")}
+    assert {f"{mean(*who, 'pass_at_16'):.2f}" for who in trained} == {"1.00"}
+    assert "pass@16 is 1.00 for everybody, the base model included" in README
+
+
+def test_the_lead_at_equal_quality_is_that_of_the_table():
+    """The least and the most of GRPO's two rows, task by task."""
+    text = section(RESULTS, "At equal quality")
+    rows = [cells(x) for x in text.splitlines() if x.startswith("| grpo")]
+    assert len(rows) == 2
+    found = [x for row in rows for cell in row[1:1 + len(TASKS)] for x in numbers(cell)]
+    claim = f"{min(found):.1f} to {max(found):.1f} times"
+    assert claim in README and claim in text
+
+
+def test_cities_are_those_of_the_csv():
+    every = read("cities.csv")
+    rows = [r for r in every if r["template"] == "I recommend visiting {city}, {country}."]
+    text = section(RESULTS, "The geometry, without any language model")
+    lines = [x for x in text.splitlines() if re.match(r"\| (uniform|largest|the same)", x)]
+    assert len(rows) == len(lines) == 4
+    for row, line in zip(rows, lines):
+        digits = dict(effective_cities=1, vendi=1, distance=3, log_det=3)
+        wanted = [f"{float(row[column]):.{n}f}" for column, n in digits.items()]
+        assert cells(line)[1:] == [row["cities_above_1_percent"], *wanted], row["objective"]
+
+    first_four = []  # the probability, in percent, of a policy's four likeliest cities
+    for row in rows[1:]:
+        percents = sorted(float(x) for x in re.findall(r"([\d.]+) %", row["top"]))
+        first_four.append(sum(percents[-4:]))
+    assert f"{first_four[0]:.0f} % on four" in text
+    assert f"the best for volume {first_four[2]:.0f} %" in text
+
+    effective = {(r["template"], r["objective"]): float(r["effective_cities"]) for r in every}
+    ratios = [effective[template, "volume"] / effective[template, "pairwise"]
+              for template in {r["template"] for r in every}]
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as many" in text

@@ -1,4 +1,5 @@
-"""Real tasks: where prompts may come from, what the rewards count as right, and that no bad input gives a traceback."""
+"""Real tasks: where prompts may come from, what the rewards count as right, and that no bad input
+gives a traceback."""
 
 import io
 import json
@@ -10,163 +11,412 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from conftest import random_llama, word_tokenizer
-from data import tasks
+from data import prompts, scoring
+from data.prompts import READY, TASKS, load_rows, prepare
+from data.rewards import countdown, coverage, math_answer, math_strict, rouge
+from data.scoring import check_rows, check_scores, function_in, load_reward
 from dqo import BadInput
 
-NONSENSE = ["", " ", "\n", ".", "####", "\\boxed{", "\\boxed{}", "٧٢", "⁷²", "七十二", "💥", "a" * 10000, "9" * 5000, "#### " + "9" * 5000, "3/0",
-            "#### 3/0", "\x00", "{" * 5000, "-" * 5000, "1 " * 5000, "\\boxed{" * 500, "None", "nan", "inf", "<answer>", "<answer></answer>", "="]
+NONSENSE = [
+    "", " ", "\n", ".", "####", "\\boxed{", "\\boxed{}", "٧٢", "⁷²", "七十二", "💥", "a" * 10000,
+    "9" * 5000, "#### " + "9" * 5000, "3/0", "#### 3/0", "\x00", "{" * 5000, "-" * 5000,
+    "1 " * 5000, "\\boxed{" * 500, "None", "nan", "inf", "<answer>", "<answer></answer>", "=",
+]
 
 
 def write(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------------- rewards
-@pytest.mark.parametrize("answer,loose,strict", [  # right for `math` only, and for `math_strict` too
-    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72",
-     ["#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72} 9", "It is \\boxed{72} km", "72 clips", "#### 72 💥", "\\boxed{72 \\text{ km}^2}",
-      "#### 72 + 0", "72 x"],
-     ["#### 72", "####72.", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%", "\\boxed{72}", "so $\\boxed{72}$.", "The answer is 72.",
-      "72", "2 * 36 = 72", "#### 2 * 36 = 72", "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72", "\\boxed{5} \\boxed{72\\%}", "$72$", "144/2", "#### 144/2",
-      "12-72", "\\boxed{\\frac{144}{2}}", "#### \\boxed{72}", "#### 72 €", "\\(72\\)"]),
-    ("#### 1,234.5", [], ["#### 1234.50", "1,234.5", "$1,234.5", "\\boxed{1{,}234.5}", "2469/2", "1\\,234.5", "1234 1/2", "1234\\frac{1}{2}"]),
-    ("#### -3", [], ["#### -3", "−3", "-$3", "#### $-3", "= - 3", "#### - 3", "\\boxed{-3}", "-3.0", "\\boxed{-\\frac{6}{2}}", "-6/2"]),
-    (0.75, ["3/4 of it"], ["3/4", "0.75", ".75", "\\dfrac{3}{4}", "\\boxed{\\frac{3}{4}}", "6/8"]),
-    (1000000, [], ["1,000,000", "1000000", "$1,000,000.00"]),
-])
-def test_math_right(answer, loose, strict):
+# ---------------------------------------------------------------------------------------- rewards
+FOR_MATH_ONLY = [  # answer, and what is right for `math`, but not for `math_strict`
+    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
+        "#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72} 9", "It is \\boxed{72} km",
+        "72 clips", "#### 72 💥", "\\boxed{72 \\text{ km}^2}", "#### 72 + 0", "72 x",
+    ]),
+    (0.75, ["3/4 of it"]),
+]
+FOR_BOTH = [
+    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
+        "#### 72", "####72.", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%",
+        "\\boxed{72}", "so $\\boxed{72}$.", "The answer is 72.", "72", "2 * 36 = 72",
+        "#### 2 * 36 = 72", "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72",
+        "\\boxed{5} \\boxed{72\\%}", "$72$", "144/2", "#### 144/2", "12-72",
+        "\\boxed{\\frac{144}{2}}", "#### \\boxed{72}", "#### 72 €", "\\(72\\)",
+    ]),
+    ("#### 1,234.5", [
+        "#### 1234.50", "1,234.5", "$1,234.5", "\\boxed{1{,}234.5}", "2469/2", "1\\,234.5",
+        "1234 1/2", "1234\\frac{1}{2}",
+    ]),
+    ("#### -3", [
+        "#### -3", "−3", "-$3", "#### $-3", "= - 3", "#### - 3", "\\boxed{-3}", "-3.0",
+        "\\boxed{-\\frac{6}{2}}", "-6/2",
+    ]),
+    (0.75, ["3/4", "0.75", ".75", "\\dfrac{3}{4}", "\\boxed{\\frac{3}{4}}", "6/8"]),
+    (1000000, ["1,000,000", "1000000", "$1,000,000.00"]),
+]
+FOR_NEITHER = [
+    ("#### 72", [
+        "#### 73", "#### -72", "#### 7.2", "720", "7,2", "72 73", "#### 73 72", "72 #### 73",
+        "\\boxed{73} 72", "#### \n", "72 or 73", "#### 72/5", "72.5", "x72", "72e", "1 72/72",
+        "#### seventy-two", "\\boxed{72} \\boxed{7}", "-72", "#### 72 = 73", "172", "1,072",
+    ]),
+    ("#### -3", ["3", "#### 3", "7-3", "−4"]),
+    ("1/2", ["1 1/2", "1\\frac{1}{2}", "2", "-1/2", "0.51", "0.49999999999999999"]),
+    ("5", ["= - 5"]),
+]
+
+
+@pytest.mark.parametrize("answer,right", FOR_BOTH)
+def test_math_right(answer, right):
     row = {"answer": answer}
-    assert [r for r in loose + strict if tasks.math_answer(row, r) != 1] == []
-    assert [r for r in strict if tasks.math_strict(row, r) != 1] == []
-    assert [r for r in loose if tasks.math_strict(row, r) != 0] == []
+    assert [r for r in right if math_answer(row, r) != 1] == []
+    assert [r for r in right if math_strict(row, r) != 1] == []
 
 
-@pytest.mark.parametrize("answer,wrong", [
-    ("#### 72", ["#### 73", "#### -72", "#### 7.2", "720", "7,2", "72 73", "#### 73 72", "72 #### 73", "\\boxed{73} 72", "#### \n", "72 or 73", "#### 72/5", "72.5",
-                 "x72", "72e", "1 72/72", "#### seventy-two", "\\boxed{72} \\boxed{7}", "-72", "#### 72 = 73", "172", "1,072"]),
-    ("#### -3", ["3", "#### 3", "7-3", "−4"]), ("1/2", ["1 1/2", "1\\frac{1}{2}", "2", "-1/2", "0.51", "0.49999999999999999"]), ("5", ["= - 5"]),
-])
+@pytest.mark.parametrize("answer,loose", FOR_MATH_ONLY)
+def test_math_right_with_more_behind_it(answer, loose):
+    row = {"answer": answer}
+    assert [r for r in loose if math_answer(row, r) != 1] == []
+    assert [r for r in loose if math_strict(row, r) != 0] == []
+
+
+@pytest.mark.parametrize("answer,wrong", FOR_NEITHER)
 def test_math_near_misses(answer, wrong):
-    for reward in (tasks.math_answer, tasks.math_strict):
-        accepted = {"72e"} if reward is tasks.math_answer else set()  # 72 with a unit that follows at once
-        assert [r for r in wrong + NONSENSE if reward({"answer": answer}, r) != 0 and r not in accepted] == []
+    row = {"answer": answer}
+    accepted = {"72e"}  # 72 with a unit that follows at once
+    assert [r for r in wrong + NONSENSE if math_answer(row, r) != 0 and r not in accepted] == []
+    assert [r for r in wrong + NONSENSE if math_strict(row, r) != 0] == []
 
 
-PUZZLE = {"answer": None, "nums": [57, 8, 12], "target": 37}
+RIGHT_37 = [
+    "57 - (8 + 12)",
+    "57-8-12",
+    "37 = 57 - 8 - 12",
+    "57 - 8 - 12 = 37.",
+    "Answer: 57 - 12 - 8",
+    "let me see: 5 * 3\nno.\n\n57 − 8 − 12",
+    "**57 - 8 - 12**",
+    "<think>8 + 12</think><answer>57 - 8 - 12</answer>",
+    "<answer>1</answer> no <answer> 57 - 8 - 12 = 37 </answer>\n",
+    "-8 + 57 - 12",
+    "$57 - 8 - 12$",
+]
+WRONG_37 = [
+    "57 - 8",
+    "57 - 8 - 12 + 0",
+    "57 - 8 - 12 - 8 + 8",
+    "57 - 20",
+    "37",
+    "37 = 37",
+    "57 - 8 - 12 = 38",
+    "57 - 8 - 12 = 37 = 37",
+    "57 - 8 - 12 right",
+    "5712 - 8",
+    "57 - 8 - 12\nand so on",
+    "<answer>57 - 8 - 12</answer> and so on",
+    "<answer>57 - 8 - 12",
+    "57 - 8 - 12 # 💥",
+    "57 - 8 - 12 = 40 - 3",
+    "__import__('os')",
+    "57 // 8 - 12",
+    "9**9**9",
+    "57 - 8 - ١٢",
+    "(57 - 8 - 12",
+    "57 - 8 - 12 = 57 - 8 - 12",
+    "8 + 12 + 57",
+]
 
 
-def test_countdown():
-    right = ["57 - (8 + 12)", "57-8-12", "37 = 57 - 8 - 12", "57 - 8 - 12 = 37.", "Answer: 57 - 12 - 8", "let me see: 5 * 3\nno.\n\n57 − 8 − 12", "**57 - 8 - 12**",
-             "<think>8 + 12</think><answer>57 - 8 - 12</answer>", "<answer>1</answer> no <answer> 57 - 8 - 12 = 37 </answer>\n", "-8 + 57 - 12", "$57 - 8 - 12$"]
-    wrong = ["57 - 8", "57 - 8 - 12 + 0", "57 - 8 - 12 - 8 + 8", "57 - 20", "37", "37 = 37", "57 - 8 - 12 = 38", "57 - 8 - 12 = 37 = 37", "57 - 8 - 12 right", "5712 - 8",
-             "57 - 8 - 12\nand so on", "<answer>57 - 8 - 12</answer> and so on", "<answer>57 - 8 - 12", "57 - 8 - 12 # 💥", "57 - 8 - 12 = 40 - 3", "__import__('os')",
-             "57 // 8 - 12", "9**9**9", "57 - 8 - ١٢", "(57 - 8 - 12", "57 - 8 - 12 = 57 - 8 - 12", "8 + 12 + 57"]
-    for row in (PUZZLE, {"answer": {"nums": [12, 8, 57], "target": 37}}, {"answer": None, "meta": {"nums": [8, 12, 57], "target": 37}}):
-        assert [r for r in right if tasks.countdown(row, r) != 1] == []
-        assert [r for r in wrong + NONSENSE if tasks.countdown(row, r) != 0] == []
-    thirds = {"answer": None, "nums": [8, 3, 8, 3], "target": 24}  # 24 = 8 / (3 - 8/3), which no float would give
-    assert tasks.countdown(thirds, "8 / (3 - 8 / 3)") == 1 and tasks.countdown(thirds, "8 * 3 * (8 - 7)") == 0
+@pytest.mark.parametrize("row", [
+    {"answer": None, "nums": [57, 8, 12], "target": 37},
+    {"answer": {"nums": [12, 8, 57], "target": 37}},
+    {"answer": None, "meta": {"nums": [8, 12, 57], "target": 37}},
+    {"answer": None, "row": {"nums": [57, 8, 12], "target": 37}},
+    {"answer": None, "row": {"meta": {"nums": [8, 12, 57], "target": 37}}},
+])
+def test_countdown(row):
+    assert [r for r in RIGHT_37 if countdown(row, r) != 1] == []
+    assert [r for r in WRONG_37 + NONSENSE if countdown(row, r) != 0] == []
+
+
+def test_countdown_is_exact():
+    row = {"answer": None, "nums": [8, 3, 8, 3], "target": 24}
+    assert countdown(row, "8 / (3 - 8 / 3)") == 1  # which no float would give
+    assert countdown(row, "8 * 3 * (8 - 7)") == 0
 
 
 def test_coverage():
     row = {"answer": ["ski", "Mountain", "carry", "stop", "bake", "sit"]}
-    assert tasks.coverage(row, "He skis on a mountain, carries bread, stopped baking and sat.") == 1
-    assert tasks.coverage(row, "Skiing down mountains they carried what we stop to bake, sitting!") == 1
-    wrong = ["He skis on a mountain, carries bread, stopped baking.", "He skis on a mountain, carries bread, stopped baking and sat", "He sat. He skis on a mountain, carries bread, stopped baking and sat.",
-             "He skis on a mountain,\ncarries bread, stopped baking and sat.", "He skis on a mountain, carries bread, stopped baking and sat" + " and" * 20 + ".",
-             "Skimming mountainous carryalls, stopgap bakery sitcom.", "ski-mountain carry stop bake sit."]
-    assert [r for r in wrong + NONSENSE if tasks.coverage(row, r) != 0] == []
-    for word, form in [("dog", "dogs"), ("watch", "watches"), ("play", "played"), ("play", "plays"), ("bake", "baked"), ("run", "running"), ("cry", "cries"), ("child", "children")]:
-        assert tasks.coverage({"answer": [word]}, f"The {form} here.") == 1
-    assert tasks.coverage({"answer": ["hot dog"]}, "A dog in hot sun.") == 1 and tasks.coverage({"answer": ["café"]}, "Two cafés.") == 1
-    assert tasks.coverage({"answer": ["be"]}, "A bee.") == 0 and tasks.coverage({"answer": ["dog"]}, "A hotdog.") == 0
+    right = [
+        "He skis on a mountain, carries bread, stopped baking and sat.",
+        "Skiing down mountains they carried what we stop to bake, sitting!",
+    ]
+    wrong = [
+        "He skis on a mountain, carries bread, stopped baking.",
+        "He skis on a mountain, carries bread, stopped baking and sat",
+        "He sat. He skis on a mountain, carries bread, stopped baking and sat.",
+        "He skis on a mountain,\ncarries bread, stopped baking and sat.",
+        "He skis on a mountain, carries bread, stopped baking and sat" + " and" * 20 + ".",
+        "Skimming mountainous carryalls, stopgap bakery sitcom.",
+        "ski-mountain carry stop bake sit.",
+    ]
+    assert [r for r in right if coverage(row, r) != 1] == []
+    assert [r for r in wrong + NONSENSE if coverage(row, r) != 0] == []
 
 
-def test_rouge():
-    assert tasks.rouge({"answer": "The cat sat."}, "the cat sat.") == 1 and tasks.rouge({"answer": "the cat sat"}, "stocks fell") == 0
-    assert tasks.rouge({"answer": "a b c d"}, "a x c") == pytest.approx(2 * 2 / (4 + 3))  # the longest common subsequence is a c
-    assert tasks.rouge({"answer": ["x y", "a b c d"]}, "a b c d") == 1 and tasks.rouge({"answer": {"references": ["", None, "q", "a"]}}, "a") == 1
-    assert all(0 <= tasks.rouge({"answer": "a b"}, r) <= 1 for r in NONSENSE) and tasks.rouge({"answer": "a"}, "") == 0
+@pytest.mark.parametrize("word,sentence,expected", [
+    ("dog", "The dogs here.", 1),
+    ("watch", "The watches here.", 1),
+    ("play", "The played here.", 1),
+    ("play", "The plays here.", 1),
+    ("bake", "The baked here.", 1),
+    ("run", "The running here.", 1),
+    ("cry", "The cries here.", 1),
+    ("child", "The children here.", 1),
+    ("hot dog", "A dog in hot sun.", 1),
+    ("café", "Two cafés.", 1),
+    ("be", "A bee.", 0),
+    ("dog", "A hotdog.", 0),
+])
+def test_forms_of_a_word(word, sentence, expected):
+    assert coverage({"answer": [word]}, sentence) == expected
 
 
-# ------------------------------------------------------------------------------------------------- ready tasks
-PUBLISHED = {  # one row each as published, something the default reward counts as right, something it does not
-    "gsm8k": ({"question": "Ann has 3 hats and buys 1,000. How many?", "answer": "3 + 1000 = <<3+1000=1003>>1003\n#### 1,003"}, "3 + 1000\n#### 1003", "#### 1003 hats"),
-    "commongen": ({"concept_set_idx": 0, "concepts": ["ski", "mountain", "skier"], "target": "Skier skis down the mountain"}, "A skier skis on a mountain.", "A skier skis."),
-    "dolly": ({"instruction": "Who wrote it?", "context": "Ann wrote it.", "response": "Ann did.", "category": "closed_qa"}, "Ann did.", "no"),
-    "cnn_dailymail": ({"article": "LONDON (CNN) A cat sat.", "highlights": "A cat sat .\nIn London .", "id": "x"}, "a cat sat . in london .", "stocks fell"),
-    "countdown": ({"target": 37, "nums": [57, 8, 12]}, "57 - 8 - 12", "57 - 8 - 12 = 38"),
+@pytest.mark.parametrize("answer,response,expected", [
+    ("The cat sat.", "the cat sat.", 1),
+    ("the cat sat", "stocks fell", 0),
+    ("a b c d", "a x c", 2 * 2 / (4 + 3)),  # the longest common subsequence is a c
+    (["x y", "a b c d"], "a b c d", 1),
+    ({"references": ["", None, "q", "a"]}, "a", 1),
+    ("a", "", 0),
+])
+def test_rouge(answer, response, expected):
+    assert rouge({"answer": answer}, response) == expected
+
+
+def test_rouge_lies_between_0_and_1():
+    assert all(0 <= rouge({"answer": "a b"}, r) <= 1 for r in NONSENSE)
+
+
+# ------------------------------------------------------------------------------------ ready tasks
+PUBLISHED = {  # one row each as published
+    "gsm8k": {
+        "question": "Ann has 3 hats and buys 1,000. How many?",
+        "answer": "3 + 1000 = <<3+1000=1003>>1003\n#### 1,003",
+    },
+    "commongen": {
+        "concept_set_idx": 0,
+        "concepts": ["ski", "mountain", "skier"],
+        "target": "Skier skis down the mountain",
+    },
+    "dolly": {
+        "instruction": "Who wrote it?",
+        "context": "Ann wrote it.",
+        "response": "Ann did.",
+        "category": "closed_qa",
+    },
+    "cnn_dailymail": {
+        "article": "LONDON (CNN) A cat sat.",
+        "highlights": "A cat sat .\nIn London .",
+        "id": "x",
+    },
+    "countdown": {"target": 37, "nums": [57, 8, 12]},
 }
-PARTS = {"gsm8k": ["Ann has 3 hats", "####"], "commongen": ["ski, mountain, skier"], "dolly": ["Who wrote it?", "Ann wrote it."], "cnn_dailymail": ["LONDON"], "countdown": ["37", "57"]}
+NEEDED = {  # the columns without which there is no prompt or no answer
+    "gsm8k": ["question", "answer"],
+    "commongen": ["concepts"],
+    "dolly": ["instruction", "response"],
+    "cnn_dailymail": ["article", "highlights"],
+    "countdown": ["target", "nums"],
+}
+IN_PROMPT = {
+    "gsm8k": ["Ann has 3 hats", "####"],
+    "commongen": ["ski, mountain, skier"],
+    "dolly": ["Who wrote it?", "Ann wrote it."],
+    "cnn_dailymail": ["LONDON"],
+    "countdown": ["37", "57"],
+}
+RIGHT_AND_WRONG = {  # something the default reward counts as right, and something it does not
+    "gsm8k": ("3 + 1000\n#### 1003", "#### 1003 hats"),
+    "commongen": ("A skier skis on a mountain.", "A skier skis."),
+    "dolly": ("Ann did.", "no"),
+    "cnn_dailymail": ("a cat sat . in london .", "stocks fell"),
+    "countdown": ("57 - 8 - 12", "57 - 8 - 12 = 38"),
+}
 
 
-@pytest.mark.parametrize("task", tasks.READY)
+@pytest.mark.parametrize("task", READY)
 def test_ready_task(task, tmp_path):
-    published, right, wrong = PUBLISHED[task]
-    data = f"{task}:" + write(tmp_path / "mine.jsonl", published)
-    rows = tasks.load_rows(data, "test")
-    assert len(rows) == 1 and rows[0]["task"] == task and all(part in rows[0]["prompt"] for part in PARTS[task])
-    reward = tasks.load_reward(None, data)
-    tasks.check_rows(rows, reward)
-    scores = reward([rows[0]["prompt"]] * 2, [right, wrong], rows * 2)
-    assert scores == [1.0, 0.0] and reward.range == (0, 1)
-    for key in set(published) - {"concept_set_idx", "context", "category", "id", "target" if task == "commongen" else ""}:
-        for other in ({k: v for k, v in published.items() if k != key}, {**published, key: None}, {**published, key: {}}, {**published, key: []}):
-            write(tmp_path / "mine.jsonl", published, other)
+    data = f"{task}:" + write(tmp_path / "mine.jsonl", PUBLISHED[task])
+    (row,) = load_rows(data, "test")
+    assert row["task"] == task
+    assert all(part in row["prompt"] for part in IN_PROMPT[task])
+    reward = load_reward(None, data)
+    check_rows([row], reward)
+    scores = reward([row["prompt"]] * 2, list(RIGHT_AND_WRONG[task]), [row] * 2)
+    assert scores == [1.0, 0.0]
+    assert reward.range == (0, 1)
+
+
+@pytest.mark.parametrize("task,key", [(task, key) for task in READY for key in NEEDED[task]])
+def test_rows_that_a_ready_task_cannot_use(task, key, tmp_path):
+    published = PUBLISHED[task]
+    lacking = {k: v for k, v in published.items() if k != key}
+    for row in (lacking, {**published, key: None}, {**published, key: {}}, {**published, key: []}):
+        data = f"{task}:" + write(tmp_path / "mine.jsonl", published, row)
+        for split in ("test", "train"):
             with pytest.raises(BadInput, match="mine.jsonl, line 2: .*needs"):
-                tasks.load_rows(data, "test")
-                tasks.load_rows(data, "train")
+                load_rows(data, split)
 
 
 def test_commongen_references_are_merged(tmp_path):
-    row = PUBLISHED["commongen"][0]
-    data = "commongen:" + write(tmp_path / "c.jsonl", row, {**row, "target": "Other."}, {**row, "concepts": ["dog"]})
-    rows = tasks.load_rows(data, "train")
-    assert [r["answer"]["references"] for r in rows] == [[row["target"], "Other."], [row["target"]]]
-    assert tasks.load_reward("rouge", data)(["p"], ["other."], rows[:1]) == [1.0] and len(tasks.load_rows(data, "train", limit=1)[0]["answer"]["references"]) == 2
+    row = PUBLISHED["commongen"]
+    other, dog = {**row, "target": "Other."}, {**row, "concepts": ["dog"]}
+    data = "commongen:" + write(tmp_path / "c.jsonl", row, other, dog)
+    rows = load_rows(data, "train")
+    found = [r["answer"]["references"] for r in rows]
+    assert found == [[row["target"], "Other."], [row["target"]]]
+    assert load_reward("rouge", data)(["p"], ["other."], rows[:1]) == [1.0]
+    assert len(load_rows(data, "train", limit=1)[0]["answer"]["references"]) == 2
 
 
-def test_mixtures_splits_and_held_out_rows(tmp_path):
-    gsm = PUBLISHED["gsm8k"][0]
+def test_mixtures_and_splits(tmp_path):
     for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl", {**gsm, "question": split})
-    rows = tasks.load_rows(f"story,gsm8k:{tmp_path}/{{split}}.jsonl", "test", limit=2)
-    assert [r["task"] for r in rows] == ["story", "story", "gsm8k"] and rows[2]["prompt"].startswith("test")
-    both = tasks.load_reward(None, f"story,gsm8k:{tmp_path}/{{split}}.jsonl")
-    assert both(["p"] * 2, ["#### 1003"] * 2, rows[1:]) == [0.0, 1.0]
-    data = "countdown:" + write(tmp_path / "n.jsonl", *({"nums": [i], "target": i} for i in range(40)))
-    train, test = (tasks.load_rows(data, split) for split in ("train", "test"))
-    assert [r["target"] for r in test] == [0, 20] and len(train) == 38 and not {r["prompt"] for r in train} & {r["prompt"] for r in test}
-    assert [r["target"] for r in tasks.load_rows(data, "train", limit=2)] == [1, 2]
+        write(tmp_path / f"{split}.jsonl", {**PUBLISHED["gsm8k"], "question": split})
+    data = f"story,gsm8k:{tmp_path}/{{split}}.jsonl"
+    rows = load_rows(data, "test", limit=2)
+    assert [r["task"] for r in rows] == ["story", "story", "gsm8k"]
+    assert rows[2]["prompt"].startswith("test")
+    assert load_reward(None, data)(["p"] * 2, ["#### 1003"] * 2, rows[1:]) == [0.0, 1.0]
+
+
+def test_held_out_rows(tmp_path):
+    def targets(rows):
+        return [r["row"]["target"] for r in rows]
+
+    puzzles = [{"nums": [i], "target": i} for i in range(40)]
+    data = "countdown:" + write(tmp_path / "n.jsonl", *puzzles)
+    train, test = load_rows(data, "train"), load_rows(data, "test")
+    assert targets(test) == [0, 20]
+    assert len(train) == 38
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    assert targets(load_rows(data, "train", limit=2)) == [1, 2]
     write(tmp_path / "n.jsonl", {"nums": [1], "target": 1, "split": "train"})
-    assert len(tasks.load_rows(data, "train")) == 1
+    assert len(load_rows(data, "train")) == 1
 
 
-# ------------------------------------------------------------------------------------------------------ sources
-def test_files(tmp_path):
-    line = json.dumps({"prompt": "one\u2028two", "answer": "é"}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n" + line.encode())
-    rows = tasks.load_rows(str(tmp_path / "a.jsonl"), "train")  # a byte order mark, Windows line ends, and U+2028 within a text
-    assert [r["prompt"] for r in rows] == ["one\u2028two"] * 2 and rows[1]["where"].endswith("a.jsonl, line 3") and rows[0]["task"] == "a"
+# ------------------------------------------------------------------------------ rows of your own
+def test_a_record_has_five_keys(tmp_path):
+    data = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": 1, "ids": [7], "more": 2})
+    (record,) = load_rows(data, "train")
+    filled_in = {"prompt": "p", "answer": 1, "task": "a"}
+    row = {**filled_in, "ids": [7], "more": 2}
+    assert record == {**filled_in, "where": f"{data}, line 1", "row": row}
+    (record,) = load_rows("gsm8k:" + write(tmp_path / "g.jsonl", PUBLISHED["gsm8k"]), "train")
+    assert record["prompt"] != PUBLISHED["gsm8k"]["question"]
+    assert record["row"] == {**PUBLISHED["gsm8k"], "prompt": record["prompt"], "task": "gsm8k"}
+
+
+OWN = {"task": "mine", "where": "here", "ids": [1, 2], "row": 7, "meta": {"a": None}}
+COMPARES = """
+def score(prompts, responses, rows):
+    return [float(row == EXPECTED) for row in rows]
+def check(row):
+    if row != EXPECTED: raise ValueError(row)
+score.check_row = check
+"""
+
+
+@pytest.mark.parametrize("published,keys,whole", [
+    ({**OWN, "prompt": "p"}, {}, {"answer": None}),
+    ({**OWN, "prompt": "p", "answer": 1}, {}, {}),
+    ({**OWN, "q": "p"}, {"prompt_key": "q"}, {"prompt": "p", "answer": None}),
+    ({**OWN, "q": "p", "gold": 1}, {"prompt_key": "q", "answer_key": "gold"},
+     {"prompt": "p", "answer": 1}),
+    ({**OWN, "q": "p", "gold": 1, "prompt": 5, "answer": [6]},
+     {"prompt_key": "q", "answer_key": "gold"}, {}),
+])
+def test_own_columns_reach_an_own_reward_unchanged(tmp_path, published, keys, whole):
+    """Whatever a column is called, and though a record has keys of that name."""
+    data = write(tmp_path / "a.jsonl", published)
+    records = load_rows(data, "train", **keys)
+    assert records[0]["task"] == "a" and records[0]["where"].endswith("a.jsonl, line 1")
+    expected = f"EXPECTED = {({**published, **whole})!r}"
+    reward = load_reward(module(tmp_path, expected + COMPARES), data)
+    check_rows(records, reward)
+    assert reward(["p"], ["r"], records) == [1.0]
+    with pytest.raises(BadInput, match="line 1"):  # the check does look
+        check_rows([{**records[0], "row": {}}], reward)
+
+
+def test_records_of_a_library_user_may_be_plain_dicts(tmp_path):
+    body = "def score(prompts, responses, rows):\n    return [row['mine'] for row in rows]\n"
+    reward = load_reward(module(tmp_path, body), "x.jsonl")
+    assert reward(["p"] * 2, ["r"] * 2, [{"mine": 3}, {"mine": 4, "row": 1}]) == [3, 4]
+    assert load_reward("math", "x.jsonl")(["p"], ["72"], [{"answer": "#### 72"}]) == [1.0]
+
+
+# ---------------------------------------------------------------------------------------- sources
+def test_a_file_with_strange_line_ends(tmp_path):
+    """A byte order mark, Windows line ends, and U+2028 within a text."""
+    line = json.dumps({"prompt": "one\u2028two", "answer": "é"}, ensure_ascii=False).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
+    rows = load_rows(str(tmp_path / "a.jsonl"), "train")
+    assert [r["prompt"] for r in rows] == ["one\u2028two"] * 2
+    assert rows[1]["where"].endswith("a.jsonl, line 3")
+    assert rows[0]["task"] == "a"
+
+
+@pytest.mark.parametrize("data,message", [
+    ("FOLDER/b.jsonl", "utf-8"),
+    ("FOLDER", "directory"),
+    ("FOLDER/no.jsonl", "No such file"),
+    ("a" * 5000, "no such task"),
+    ("", "directory"),
+    ("gsm9k", "gsm8k"),
+    ("story:x", "no such task"),
+    ("gsm8k:nothing", "no such task"),
+    ("gsm8k,nothing", "no such task"),
+    ("gsm8k:no.jsonl", "No such file"),
+    ("a" * 5000 + ".jsonl", "too long"),
+])
+def test_what_is_no_source(tmp_path, data, message):
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    for bad, message in [(f"{tmp_path}/b.jsonl", "utf-8"), (str(tmp_path), "directory"), (f"{tmp_path}/no.jsonl", "No such file"), ("a" * 5000, "no such task"), ("", "directory"),
-                         ("gsm9k", "gsm8k"), ("story:x", "no such task"), ("gsm8k:nothing", "no such task"), ("gsm8k,nothing", "no such task"), ("gsm8k:no.jsonl", "No such file"), ("a" * 5000 + ".jsonl", "too long")]:
-        with pytest.raises(BadInput, match=message) as error:
-            tasks.load_rows(bad, "train")
-        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match=message) as error:
+        load_rows(data.replace("FOLDER", str(tmp_path)), "train")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("line,message", [
-    ("{", "line 2: not JSON"), ("[" * 100000, "line 2: not JSON"), ("1" * 5000, "line 2: "), ("3", "line 2: not a JSON object"), ({}, "line 2: no 'prompt'"), ({"prompt": " "}, "line 2"),
-    ({"prompt": None}, "line 2"), ({"prompt": {}}, "line 2"), ({"prompt": "\ud800"}, "line 2"), ({"prompt": [{"role": "user", "content": ""}]}, "line 2"),
-    ({"prompt": [{"role": "user", "content": None}]}, "line 2"), ({"prompt": [{"content": "x"}]}, "line 2"), ({"prompt": ["x"]}, "line 2"), ({"prompt": True}, "line 2")])
+    ("{", "line 2: not JSON"),
+    ("[" * 100000, "line 2: not JSON"),
+    ("1" * 5000, "line 2: "),
+    ("3", "line 2: not a JSON object"),
+    ({}, "line 2: no 'prompt'"),
+    ({"prompt": " "}, "line 2"),
+    ({"prompt": None}, "line 2"),
+    ({"prompt": {}}, "line 2"),
+    ({"prompt": "\ud800"}, "line 2"),
+    ({"prompt": [{"role": "user", "content": ""}]}, "line 2"),
+    ({"prompt": [{"role": "user", "content": None}]}, "line 2"),
+    ({"prompt": [{"content": "x"}]}, "line 2"),
+    ({"prompt": ["x"]}, "line 2"),
+    ({"prompt": True}, "line 2"),
+])
 def test_bad_rows(tmp_path, line, message):
     with pytest.raises(BadInput, match=message):
-        tasks.load_rows(write(tmp_path / "a.jsonl", {"prompt": "fine"}, line), "train")
+        load_rows(write(tmp_path / "a.jsonl", {"prompt": "fine"}, line), "train")
 
 
 def test_https(monkeypatch):
@@ -175,176 +425,343 @@ def test_https(monkeypatch):
     def urlopen(url, timeout):
         asked.append(url)
         assert 0 < timeout <= 120
-        return io.BytesIO((json.dumps(PUBLISHED["gsm8k"][0]) + '\n\n{"question": "q", "answer": "#### 5"}\n').encode())
+        other = '\n\n{"question": "q", "answer": "#### 5"}\n'
+        return io.BytesIO((json.dumps(PUBLISHED["gsm8k"]) + other).encode())
+
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for data in ("gsm8k", "gsm8k:https://a.b/{split}.jsonl"):
-        rows = tasks.load_rows(data, "test")
-        assert len(rows) == 2 and rows[1]["where"].endswith("test.jsonl, line 3") and asked[-1].startswith("https://") and asked[-1].endswith("test.jsonl")
-    assert [r["prompt"] for r in tasks.load_rows("https://a.b/c.jsonl", "train", limit=1, prompt_key="question")] == [PUBLISHED["gsm8k"][0]["question"]]
+        rows = load_rows(data, "test")
+        assert len(rows) == 2
+        assert rows[1]["where"].endswith("test.jsonl, line 3")
+        assert asked[-1].startswith("https://") and asked[-1].endswith("test.jsonl")
+    rows = load_rows("https://a.b/c.jsonl", "train", limit=1, prompt_key="question")
+    assert [r["prompt"] for r in rows] == [PUBLISHED["gsm8k"]["question"]]
     count = len(asked)
     with pytest.raises(BadInput, match="https"):
-        tasks.load_rows("http://a.b/c.jsonl", "train")
+        load_rows("http://a.b/c.jsonl", "train")
     assert len(asked) == count  # not even asked for
-    for error in (urllib.error.URLError("no network"), TimeoutError(), ConnectionResetError(), urllib.error.HTTPError("https://a", 404, "Not Found", {}, None), ValueError("bad address")):
-        monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(error))
-        with pytest.raises(BadInput, match="pass --data gsm8k:FILE.jsonl") as caught:
-            tasks.load_rows("gsm8k", "train")
-        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("no network"),
+    TimeoutError(),
+    ConnectionResetError(),
+    urllib.error.HTTPError("https://a", 404, "Not Found", {}, None),
+    ValueError("bad address"),
+])
+def test_https_that_fails(monkeypatch, error):
+    def urlopen(*args, **kw):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(BadInput, match="pass --data gsm8k:FILE.jsonl") as caught:
+        load_rows("gsm8k", "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_https_that_gives_no_text(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"\xff\xfe<html>"))
     with pytest.raises(BadInput, match="fetch it yourself"):
-        tasks.load_rows("https://a.b/c.jsonl", "train")
+        load_rows("https://a.b/c.jsonl", "train")
 
 
-def test_hub_datasets(monkeypatch):
-    asked = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A `datasets` package whose every data set is the same row. `asked`: what it was asked for;
+    `splits`: those it has."""
+    asked, splits = [], ["train", "validation", "test"]
 
     def load_dataset(name, configuration=None, split=None, streaming=False):
         asked.append((name, configuration, split, streaming))
         if split not in ("train", "validation", "test"):
             raise ValueError(f"Unknown split {split}\nmore")
-        return [{"prompt": "one", "answer": "1", **PUBLISHED["commongen"][0]}]
-    splits = ["train", "validation", "test"]
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda *name: splits))
-    monkeypatch.setattr(tasks, "offline", lambda: False)
-    assert tasks.load_rows("owner/some-set:main", "train")[0]["answer"] == "1" and asked[-1] == ("owner/some-set", "main", "train", False)
-    assert tasks.load_rows("owner/some-set", "test", limit=3)[0]["where"] == "owner/some-set (test), row 1" and asked[-1] == ("owner/some-set", None, "test", True)
-    assert tasks.load_rows("commongen", "test")[0]["answer"]["words"] and asked[-1][0] == "allenai/common_gen" and asked[-1][2] == "validation"
-    assert tasks.load_rows("commongen:my/copy:x", "train") and asked[-1] == ("my/copy", "x", "train", False)
+        return [{"prompt": "one", "answer": "1", **PUBLISHED["commongen"]}]
+
+    package = types.SimpleNamespace(
+        load_dataset=load_dataset, get_dataset_split_names=lambda *name: splits
+    )
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    monkeypatch.setattr(prompts, "offline", lambda: False)
+    return types.SimpleNamespace(asked=asked, splits=splits)
+
+
+def test_hub_datasets(hub):
+    assert load_rows("owner/some-set:main", "train")[0]["answer"] == "1"
+    assert hub.asked[-1] == ("owner/some-set", "main", "train", False)
+    rows = load_rows("owner/some-set", "test", limit=3)
+    assert rows[0]["where"] == "owner/some-set (test), row 1"
+    assert hub.asked[-1] == ("owner/some-set", None, "test", True)
+    assert load_rows("commongen", "test")[0]["answer"]["words"]
+    assert hub.asked[-1][0] == "allenai/common_gen" and hub.asked[-1][2] == "validation"
+    assert load_rows("commongen:my/copy:x", "train")
+    assert hub.asked[-1] == ("my/copy", "x", "train", False)
     with pytest.raises(BadInput, match="line 1|row 1"):
-        tasks.load_rows("owner/some-set", "train", prompt_key="q")
-    splits[:] = ["train"]  # every 20th row is the test
-    assert tasks.load_rows("owner/some-set", "test") and asked[-1][2] == "train"
+        load_rows("owner/some-set", "train", prompt_key="q")
+
+
+def test_splits_of_hub_datasets(hub):
+    hub.splits[:] = ["train"]  # every 20th row is the test
+    assert load_rows("owner/some-set", "test")
+    assert hub.asked[-1][2] == "train"
     with pytest.raises(BadInput, match="no prompts for the train split"):
-        tasks.load_rows("owner/some-set", "train")
-    splits[:] = ["train", "validation"]
-    assert tasks.load_rows("owner/some-set", "test") and asked[-1][2] == "validation"
-    splits[:] = ["dev", "test"]
-    monkeypatch.setattr(tasks, "offline", lambda: True)
+        load_rows("owner/some-set", "train")
+    hub.splits[:] = ["train", "validation"]
+    assert load_rows("owner/some-set", "test")
+    assert hub.asked[-1][2] == "validation"
+
+
+def test_no_hub(hub, monkeypatch):
+    with pytest.raises(BadInput, match="ValueError: Unknown split dev .*; pass") as error:
+        load_rows("owner/some-set", "dev")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(prompts, "offline", lambda: True)
     with pytest.raises(BadInput, match="the hub cannot be reached.*pass"):
-        tasks.load_rows("owner/some-set", "train")
-    monkeypatch.setattr(tasks, "offline", lambda: False)
+        load_rows("owner/some-set", "train")
+    monkeypatch.setattr(prompts, "offline", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match="pip install datasets"):
-        tasks.load_rows("owner/some-set", "train")
+        load_rows("owner/some-set", "train")
     with pytest.raises(BadInput, match="countdown:FILE.jsonl"):
-        tasks.load_rows("countdown", "train")
+        load_rows("countdown", "train")
 
 
-# ---------------------------------------------------------------------------------------- checks of rows and scores
-@pytest.mark.parametrize("reward,bad", [
-    ("math", [None, "no number", "", [], {}, float("nan")]), ("math_strict", ["#### none", True]), ("coverage", [None, [], "", [""], [1], {"words": None}]),
-    ("countdown", [None, "24", {"nums": [1]}, {"nums": "1 2", "target": 3}, {"nums": [], "target": 3}, {"nums": [1.5], "target": 3}, {"nums": [1], "target": None}]),
-    ("rouge", [None, "", " ", [], [None], 3, {"references": []}]), ("instruct", [None, 5]), ("summarize", [None, "x", {"who": "anna"}])])
-def test_unusable_answers_are_found_at_the_start(tmp_path, reward, bad):
-    for answer in bad:
+# ------------------------------------------------------------------- checks of prompts and answers
+def test_prompts_are_checked_and_left_as_they_are(model, tokenizer):
+    record = {"prompt": "w5 w6", "where": "a.jsonl, line 1"}
+    prepare([record], model, tokenizer, 62)  # a context of 64
+    assert set(record) == {"prompt", "where"}
+    with pytest.raises(BadInput, match="a.jsonl, line 1: 2 prompt tokens .* context of 64"):
+        prepare([record], model, tokenizer, 63)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    prepare([record], model, tokenizer, 62, plain=True)
+    with pytest.raises(BadInput, match="a.jsonl, line 1: .*no user here"):
+        prepare([record], model, tokenizer, 62)
+
+
+@pytest.mark.parametrize("reward,answers", [
+    ("math", [None, "no number", "", [], {}, float("nan")]),
+    ("math_strict", ["#### none", True]),
+    ("coverage", [None, [], "", [""], [1], {"words": None}]),
+    ("countdown", [None, "24", {"nums": [1]}, {"nums": "1 2", "target": 3}]),
+    ("countdown", [{"nums": [], "target": 3}, {"nums": [1.5], "target": 3}]),
+    ("countdown", [{"nums": [1], "target": None}]),
+    ("rouge", [None, "", " ", [], [None], 3, {"references": []}]),
+    ("instruct", [None, 5]),
+    ("summarize", [None, "x", {"who": "anna"}]),
+])
+def test_unusable_answers_are_found_at_the_start(tmp_path, reward, answers):
+    for answer in answers:
         data = write(tmp_path / "a.jsonl", "", {"prompt": "p", "answer": answer})
-        rows = tasks.load_rows(data, "train")
+        rows = load_rows(data, "train")
         with pytest.raises(BadInput, match="a.jsonl, line 2: "):
-            tasks.check_rows(rows, tasks.load_reward(reward, data))
+            check_rows(rows, load_reward(reward, data))
 
 
 def test_miniature_rows_pass_the_check():
-    for task in tasks.TASKS:
-        tasks.check_rows(tasks.load_rows(task, "train"), tasks.load_reward(None, task))
-    tasks.check_rows([{"prompt": "p"}], lambda prompts, responses, rows: [0.0])  # a bare function has no check
+    for task in TASKS:
+        check_rows(load_rows(task, "train"), load_reward(None, task))
+    check_rows([{"prompt": "p"}], lambda prompts, responses, rows: [0.0])  # which has no check
 
 
+# --------------------------------------------------------------------------------- checks of scores
 def module(tmp_path, text):
     (tmp_path / "my.py").write_text(text)
     return f"{tmp_path}/my.py:score"
 
 
 @pytest.mark.parametrize("body,message", [
-    ("return [1 / len(r) for r in responses]", "prompt 'q2' and the response ''.*ZeroDivisionError"), ("return [0.5]", "1 values for 3"), ("return None", "TypeError"), ("return 3", "TypeError"),
-    ("return ['1'] * 3", "'1' is not a finite"), ("return [None] * 3", "None is not"), ("return [float('nan')] * 3", "nan is not"), ("return [1, float('inf'), 1]", "prompt 'q2'"),
-    ("return [10 ** 400] * 3", "not a finite"), ("return [[1.0]] * 3", "not a finite"), ("return [1j] * 3", "not a finite"), ("return [0, 0, 2]", "prompt 'q3'.*declared range"), ("return [-0.1, 0, 0]", "declared range")])
+    ("return [0.5]", "1 values for 3"),
+    ("return None", "TypeError"),
+    ("return 3", "TypeError"),
+    ("return ['1'] * 3", "'1' is not a finite"),
+    ("return [None] * 3", "None is not"),
+    ("return [float('nan')] * 3", "nan is not"),
+    ("return [1, float('inf'), 1]", "prompt 'q2'"),
+    ("return [10 ** 400] * 3", "not a finite"),
+    ("return [[1.0]] * 3", "not a finite"),
+    ("return [1j] * 3", "not a finite"),
+    ("return [0, 0, 2]", "prompt 'q3'.*declared range"),
+    ("return [-0.1, 0, 0]", "declared range"),
+])
 def test_bad_scores(tmp_path, body, message):
-    reward = tasks.load_reward(module(tmp_path, f"def score(prompts, responses, rows):\n    if len(rows) == 1 and {'ZeroD' not in message}: return [0]\n    {body}\nscore.range = (0, 1)\n"), "x.jsonl")
+    """What is wrong with three responses at once need not be wrong with one alone."""
+    refuses(tmp_path, f"    if len(rows) == 1: return [0]\n    {body}\n", message)
+
+
+def test_a_reward_that_raises(tmp_path):
+    """The message is about the response at which it raises, not about the first of the batch."""
+    message = "prompt 'q2' and the response ''.*ZeroDivisionError"
+    refuses(tmp_path, "    return [1 / len(r) for r in responses]\n", message)
+
+
+def refuses(tmp_path, body, message):
+    text = f"def score(prompts, responses, rows):\n{body}score.range = (0, 1)\n"
+    reward = load_reward(module(tmp_path, text), "x.jsonl")
     with pytest.raises(BadInput, match=message) as error:
         reward(["q1", "q2", "q3"], ["x" * 5000, "", "z"], [{}] * 3)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and "my.py:score" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "my.py:score" in str(error.value)
 
 
-def test_infinite_scores_are_refused_without_a_range_too():
-    for bad in (float("inf"), -float("inf"), float("nan"), 1e300):  # the last is infinite in float32
-        with pytest.raises(BadInput, match="finite"):
-            tasks.check_scores([bad], ["p"], ["r"], "mine", (-float("inf"), float("inf")))
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), 1e300])
+def test_infinite_scores_are_refused_without_a_range_too(bad):  # the last is infinite in float32
+    with pytest.raises(BadInput, match="finite"):
+        check_scores([bad], ["p"], ["r"], "mine", (-float("inf"), float("inf")))
 
 
-def test_good_scores_and_declared_range(tmp_path):
-    make = "import torch, numpy as np\nfrom fractions import Fraction\ndef score(prompts, responses, rows):\n    return "
-    for body, expected in [("[True, 2, 0.5]", [1, 2, 0.5]), ("torch.tensor([1., 2., 3.])", [1, 2, 3]), ("np.array([1, 2, 3])", [1, 2, 3]), ("(x for x in (1, 2, 3))", [1, 2, 3]),
-                           ("[torch.tensor(1.), np.float32(2), Fraction(1, 2)]", [1, 2, 0.5])]:
-        reward = tasks.load_reward(module(tmp_path, make + body), "x.jsonl")
-        scores = reward(["p"] * 3, ["r"] * 3, [{}] * 3)
-        assert scores == expected and all(type(s) is float for s in scores) and reward.range is None and reward.check_row is None
-    reward = tasks.load_reward(module(tmp_path, make + "[0]\nscore.range = (-1, 1)\ndef check(row):\n    if row['answer'] != 1: raise ValueError('no one')\nscore.check_row = check"), "x.jsonl")
+RETURNS = """
+import torch, numpy as np
+from fractions import Fraction
+def score(prompts, responses, rows):
+    return """
+
+
+@pytest.mark.parametrize("body,expected", [
+    ("[True, 2, 0.5]", [1, 2, 0.5]),
+    ("torch.tensor([1., 2., 3.])", [1, 2, 3]),
+    ("np.array([1, 2, 3])", [1, 2, 3]),
+    ("(x for x in (1, 2, 3))", [1, 2, 3]),
+    ("[torch.tensor(1.), np.float32(2), Fraction(1, 2)]", [1, 2, 0.5]),
+])
+def test_good_scores(tmp_path, body, expected):
+    reward = load_reward(module(tmp_path, RETURNS + body), "x.jsonl")
+    scores = reward(["p"] * 3, ["r"] * 3, [{}] * 3)
+    assert scores == expected
+    assert all(type(s) is float for s in scores)
+    assert reward.range is None and reward.check_row is None
+
+
+def test_declared_range_and_check(tmp_path):
+    body = """[0]
+score.range = (-1, 1)
+def check(row):
+    if row['answer'] != 1: raise ValueError('no one')
+score.check_row = check
+"""
+    reward = load_reward(module(tmp_path, RETURNS + body), "x.jsonl")
     assert reward.range == (-1, 1)
+    rows = [{"answer": 1, "where": "f, line 1"}, {"answer": 2, "where": "f, line 3"}]
     with pytest.raises(BadInput, match="f, line 3: no one"):
-        tasks.check_rows([{"answer": 1, "where": "f, line 1"}, {"answer": 2, "where": "f, line 3"}], reward)
+        check_rows(rows, reward)
 
 
-@pytest.mark.parametrize("text,message", [("import nothing_of_this_name", "ModuleNotFoundError"), ("def score(:", "SyntaxError"), ("x = 1\n1 / 0", "line 2"), ("raise SystemExit(3)", "SystemExit"), ("score = 3", "no function")])
-def test_reward_files_that_cannot_be_imported(tmp_path, text, message):
-    with pytest.raises(BadInput, match=message):
-        tasks.load_reward(module(tmp_path, text), "x.jsonl")
+@pytest.mark.parametrize("flag", ["--reward", "--objective"])
+@pytest.mark.parametrize("text,message", [
+    ("import nothing_of_this_name", "ModuleNotFoundError"),
+    ("def score(:", "SyntaxError"),
+    ("x = 1\n1 / 0", "line 2"),
+    ("raise SystemExit(3)", "SystemExit"),
+    ("score = 3", "no function"),
+])
+def test_files_that_cannot_be_imported(tmp_path, flag, text, message):
+    with pytest.raises(BadInput, match=f"^{flag} .*{message}") as error:
+        function_in(flag, module(tmp_path, text))
+    assert "\n" not in str(error.value)
+    if flag == "--reward":
+        with pytest.raises(BadInput, match=message):
+            load_reward(module(tmp_path, text), "x.jsonl")
+
+
+def test_functions_by_file_and_name(tmp_path):
+    bonus = function_in("--objective", module(tmp_path, "def score(x): return x + 1"))
+    assert bonus(1) == 2
+    with pytest.raises(BadInput, match="--objective my.py:f: no such objective or file.*dqo"):
+        function_in("--objective", "my.py:f")
+
+
+def test_what_is_no_reward():
     with pytest.raises(BadInput, match="countdown"):
-        tasks.load_reward("maths", "x.jsonl")
+        load_reward("maths", "x.jsonl")
     with pytest.raises(BadInput, match="needs --reward"):
-        tasks.load_reward(None, "openai/gsm8k")
+        load_reward(None, "openai/gsm8k")
 
 
-# --------------------------------------------------------------------------------------------------- reward models
+# ----------------------------------------------------------------------------------- reward models
 WORDS = ["<pad>", "<s>", "</s>", "user", "assistant"] + [f"w{i}" for i in range(5, 40)]
 TEMPLATE = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
 
 
 def save_reward_model(folder, template=TEMPLATE, pad=True, labels=1):
     torch.manual_seed(0)
-    tokenizer = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>", **({"pad_token": "<pad>"} if pad else {}))
+    special = {"pad_token": "<pad>"} if pad else {}
+    tokenizer = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>", **special)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    model = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        num_labels=labels, pad_token_id=0 if pad else None, initializer_range=0.5)).eval()
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        num_labels=labels,
+        pad_token_id=0 if pad else None,
+        initializer_range=0.5,
+    )
+    model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(folder)
     return model, tokenizer
+
+
+@torch.no_grad()
+def score_of(model, ids):
+    return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
 @pytest.mark.parametrize("pad", [True, False])
 def test_reward_model(tmp_path, monkeypatch, template, pad):
-    monkeypatch.setattr(tasks, "default_device", lambda: "cpu")
+    monkeypatch.setattr(scoring, "default_device", lambda: "cpu")
     model, tokenizer = save_reward_model(tmp_path / "rm", template, pad)
-    reward = tasks.load_reward(f"hf:{tmp_path}/rm", "x.jsonl")
+    reward = load_reward(f"hf:{tmp_path}/rm", "x.jsonl")
     prompts = [f"w{5 + i % 9} w7" for i in range(20)] + [[{"role": "user", "content": "w5 w7"}]]
     responses = ["w9 " * (1 + i % 5) + f"w{20 + i % 7}" for i in range(20)] + [""]
     scores = reward(prompts, responses, [{}] * 21)  # more than one batch, of different lengths
-    assert reward.range == (-float("inf"), float("inf")) and len({round(s, 4) for s in scores}) > 15
+    assert reward.range == (-float("inf"), float("inf"))
+    assert len({round(s, 4) for s in scores}) > 15
     for prompt, response, score in zip(prompts, responses, scores):  # each as if it were alone
         text = prompt if isinstance(prompt, str) else prompt[0]["content"]
-        words = f"<s> user {text} </s> <s> assistant {response} </s>" if template else f"{text} {response}"
-        with torch.no_grad():
-            expected = model(input_ids=torch.tensor([tokenizer.convert_tokens_to_ids(words.split())])).logits[0, 0].item()
-        assert score == pytest.approx(expected, abs=1e-4)
+        if template:
+            words = f"<s> user {text} </s> <s> assistant {response} </s>"
+        else:
+            words = f"{text} {response}"
+        ids = tokenizer.convert_tokens_to_ids(words.split())
+        assert score == pytest.approx(score_of(model, ids), abs=1e-4)
     if template:  # the end of a conversation that is too long is what the model gets to read
         ids = tokenizer.convert_tokens_to_ids((" w9" * 500 + " w8 </s>").split())[-64:]
-        assert reward(["w5"], ["w9 " * 500 + "w8"], [{}]) == [pytest.approx(model(input_ids=torch.tensor([ids])).logits[0, 0].item(), abs=1e-4)]
+        expected = pytest.approx(score_of(model, ids), abs=1e-4)
+        assert reward(["w5"], ["w9 " * 500 + "w8"], [{}]) == [expected]
 
 
 def test_reward_model_with_text_pairs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "default_device", lambda: "cpu")
+    monkeypatch.setattr(scoring, "default_device", lambda: "cpu")
     word_tokenizer(WORDS, pad_token="<pad>").save_pretrained(tmp_path / "rm")
-    BertForSequenceClassification(BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1, max_position_embeddings=16)).save_pretrained(tmp_path / "rm")
-    scores = tasks.load_reward(f"hf:{tmp_path}/rm", "x.jsonl")(["w5", "w5 w6"], ["w7", "w8 " * 90], [{}] * 2)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+        max_position_embeddings=16,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    reward = load_reward(f"hf:{tmp_path}/rm", "x.jsonl")
+    scores = reward(["w5", "w5 w6"], ["w7", "w8 " * 90], [{}] * 2)
     assert len(scores) == 2 and np.isfinite(scores).all()
 
 
-def test_what_is_no_reward_model(tmp_path):
+@pytest.mark.parametrize("name,message", [
+    ("two", "cannot load.*one output"),
+    ("lm", "cannot load.*one output"),  # its head would be random
+    ("none", "cannot load"),
+])
+def test_what_is_no_reward_model(tmp_path, name, message):
     save_reward_model(tmp_path / "two", labels=2)
-    random_llama(40, num_labels=1).save_pretrained(tmp_path / "lm")  # its head would be random
+    random_llama(40, num_labels=1).save_pretrained(tmp_path / "lm")
     word_tokenizer(WORDS, pad_token="<pad>").save_pretrained(tmp_path / "lm")
-    for name, message in [("two", "cannot load.*one output"), ("lm", "cannot load.*one output"), ("none", "cannot load")]:
-        with pytest.raises(BadInput, match=message) as error:
-            tasks.load_reward(f"hf:{tmp_path}/{name}", "x.jsonl")
-        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match=message) as error:
+        load_reward(f"hf:{tmp_path}/{name}", "x.jsonl")
+    assert "\n" not in str(error.value)

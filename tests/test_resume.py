@@ -9,143 +9,278 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import dqo
 import train
-from dqo import load_model
+from data import runs
+from data.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--steps", "9", "--k", "3", "--prompts", "2", "--save-every", "2", "--limit", "2", "--data", "story,reason"]
+FLAGS = [
+    "--steps", "9",
+    "--k", "3",
+    "--prompts", "2",
+    "--save-every", "2",
+    "--limit", "2",
+    "--data", "story,reason",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(cwd, *args):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """train.py as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT)
+
+
+def finish(process):
+    """Wait for a run that must end well."""
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def wait_for(path, process, pause):
+    """Until the path exists (or the process has ended)."""
+    while process.poll() is None and not path.exists():
+        time.sleep(pause)
 
 
 def log(run):
-    return [{k: v for k, v in json.loads(x).items() if not k.endswith("_s")} for x in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without times."""
+    lines = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        lines.append({key: value for key, value in line.items() if not key.endswith("_s")})
+    return lines
 
 
 def equal(a, b):
+    """Whether two folders have the same weights, bit for bit."""
     x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+def assert_same_run(a, b):
+    """Weights and logs are those of the other run."""
+    assert equal(a, b)
+    assert log(a) == log(b)
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+
+
+def copied(run, to):
+    subprocess.run(["cp", "-r", run, to], check=True)
+    return to
+
+
+def main(*args):
+    """train.py in this process, without the objectives that an earlier command has loaded."""
+    with mock.patch.dict(dqo.OBJECTIVES):
+        return train.main(list(args))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(folder, *FLAGS, "--out", "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert sorted(p.name for p in (folder / "run/checkpoints").iterdir()) == ["step-8", "step-9"]  # the last two
+    finish(start(folder, *FLAGS, "--out", "run"))
+    kept = (folder / "run/checkpoints").iterdir()
+    assert sorted(path.name for path in kept) == ["step-8", "step-9"]  # the last two
     return folder / "run"
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, number, status):
+    """The step is ended and saved, and the resumed run ends as the undisturbed one."""
     process = start(tmp_path, *FLAGS, "--out", "run")
     run = tmp_path / "run"
-    while process.poll() is None and not (run / "checkpoints/step-0").exists():
-        time.sleep(0.02)
+    wait_for(run / "checkpoints/step-0", process, pause=0.02)
     process.send_signal(number)
     out, errors = process.communicate()
     assert process.returncode == status, errors
-    assert "python train.py --resume run" in out and len(log(run)) == max(train.checkpoints(run))
-    process = start(tmp_path, "--resume", "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert equal(whole, run) and log(whole) == log(run)
-    assert (whole / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+    assert "python train.py --resume run" in out
+    assert len(log(run)) == max(runs.checkpoints(run))
+    finish(start(tmp_path, "--resume", "run"))
+    assert_same_run(whole, run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_three_times(whole, tmp_path, seed):
     """SIGKILL at two random moments and once while a checkpoint is being written."""
-    rng, run, aimed = random.Random(seed), tmp_path / "run", False
+    rng = random.Random(seed)
+    run = tmp_path / "run"
+    aimed = False
     process = start(tmp_path, *FLAGS, "--out", "run")
     for attempt in range(3):
-        while process.poll() is None and not (run / "checkpoints/step-0").exists():
-            time.sleep(0.005)
+        wait_for(run / "checkpoints/step-0", process, pause=0.005)
         if attempt == 1:
-            while process.poll() is None and not (run / "checkpoints/writing").exists():
-                time.sleep(0.0005)
+            wait_for(run / "checkpoints/writing", process, pause=0.0005)
             aimed = True
         else:
             time.sleep(rng.uniform(0, 6))
         process.kill()
         process.wait()
         process = start(tmp_path, "--resume", "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0 and aimed, errors
-    assert equal(whole, run) and log(whole) == log(run)
-    assert (whole / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+    finish(process)
+    assert aimed
+    assert_same_run(whole, run)
 
 
 def test_a_full_disk_costs_nothing_but_time(whole, tmp_path):
-    """The system refuses files above 5 MB: the optimizer's state does not fit. Once it does, the run goes on."""
-    command = f"ulimit -f 5000; exec {sys.executable} {ROOT / 'train.py'} {' '.join(FLAGS)} --out run"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: cannot save run/checkpoints/step-2: ") and "is the disk full?" in done.stderr
-    assert train.checkpoints(tmp_path / "run") == [0]
-    process = start(tmp_path, "--resume", "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert equal(whole, tmp_path / "run") and log(whole) == log(tmp_path / "run")
+    """The system refuses files above 5 MB: the optimizer's state does not fit. Once it does,
+    the run goes on."""
+    command = f"{sys.executable} {ROOT / 'train.py'} {' '.join(FLAGS)} --out run"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 5000; exec {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("train.py: cannot save run/checkpoints/step-2: ")
+    assert "is the disk full?" in message
+    assert runs.checkpoints(tmp_path / "run") == [0]
+    finish(start(tmp_path, "--resume", "run"))
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_a_checkpoint_is_a_model_folder(whole):
+    """The last one is the final model, and the one before loads as well."""
     assert equal(whole, whole / "checkpoints/step-9")
     load_model(str(whole / "checkpoints/step-8"))
 
 
-def test_everything_a_step_depends_on_comes_back(tmp_path, monkeypatch, capsys):
-    """A reward that draws random numbers of its own, and the centre of an unbounded reward, which the first step fixes."""
-    monkeypatch.chdir(tmp_path)
-    Path("my.py").write_text("import random\ndef score(p, responses, r): return [9 + len(x) / 9 + random.random() for x in responses]\n"
-                             "score.range = (-float('inf'), float('inf'))\n")
-    assert train.main([*FLAGS, "--steps", "4", "--kernel", "quality", "--reward", "my.py:score", "--out", "a"]) == 0
+# ------------------------------------------------------------------------------ files of yours
+REWARD = """\
+import random
+
+def score(prompts, responses, rows):
+    return [9 + len(text) / 9 + random.random() for text in responses]
+
+score.range = (-float("inf"), float("inf"))
+"""
+OBJECTIVE = """\
+import torch
+
+def bonus(quality, phi, logp, alpha):
+    return alpha * torch.rand(quality.shape) / phi.sum(-1).exp()
+
+bonus.alpha = 0.5
+"""
+
+
+def assert_step_4_again(flags):
+    """A run of 4 steps ends in the same weights if its last step is repeated from step 2."""
+    assert main(*FLAGS, "--steps", "4", *flags, "--out", "a") == 0
     shutil.copytree("a", "b")
-    shutil.rmtree("b/checkpoints/step-4")  # as if it had been killed then; its logs go to step 4 already
-    assert train.main(["--resume", "b"]) == 0
-    assert equal(Path("a"), Path("b")) and log(Path("a")) == log(Path("b"))
-    assert Path("a/samples.jsonl").read_text() == Path("b/samples.jsonl").read_text()
+    shutil.rmtree("b/checkpoints/step-4")  # as if killed then; its logs go to step 4 already
+    assert main("--resume", "b") == 0
+    assert_same_run(Path("a"), Path("b"))
 
 
-def test_more_steps_can_be_added(whole, tmp_path, capsys):
-    run = tmp_path / "run"
-    subprocess.run(["cp", "-r", whole, run], check=True)
-    assert train.main(["--resume", str(run), "--steps", "10"]) == 0
-    assert [x["step"] for x in log(run)] == list(range(1, 11)) and not equal(whole, run)
-    assert json.loads((run / "run.json").read_text())["config"]["steps"] == 10  # so that it could be resumed once more
-    assert train.main(["--resume", str(run), "--steps", "9"]) == 2 and "it is at step 10 already" in capsys.readouterr().err
+def test_everything_a_step_depends_on_comes_back(tmp_path, monkeypatch):
+    """A reward that draws random numbers of its own, and the centre of an unbounded reward,
+    which the first step fixes."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(REWARD)
+    assert_step_4_again(["--kernel", "quality", "--reward", "my.py:score"])
 
 
-@pytest.mark.parametrize("damage,message", [
-    (lambda run: (run / "checkpoints/step-9/state.pt").write_bytes(b"x" * 100), "step-9"),
-    (lambda run: (run / "checkpoints/step-9/state.pt").write_bytes((run / "checkpoints/step-9/state.pt").read_bytes()[:5000]), "step-9"),
-    (lambda run: (run / "checkpoints/step-9/model.safetensors").write_bytes(b"x" * 100), "cannot load the model"),
-    (lambda run: (run / "run.json").write_text((run / "run.json").read_text().replace('"seed": 0', '"seed": 1')), "of another run"),
-    (lambda run: (run / "run.json").write_text("{"), "run.json"),
-    (lambda run: (run / "run.json").unlink(), "run.json"),
-    (lambda run: [p.rename(run / p.name) for p in (run / "checkpoints").glob("step-*")], "no checkpoint"),
-], ids=["garbage", "truncated", "weights", "another run", "run.json broken", "run.json gone", "no checkpoints"])
-def test_damage_is_reported(whole, tmp_path, capsys, damage, message):
-    run = tmp_path / "run"
-    subprocess.run(["cp", "-r", whole, run], check=True)
-    damage(run)
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert train.main(["--resume", str(run)]) == 2
+def test_an_objective_in_a_file_is_loaded_again(tmp_path, monkeypatch, capsys):
+    """So are its strength and the random numbers that it draws; without its file there is a
+    line that names it."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(OBJECTIVE)
+    assert_step_4_again(["--objective", "my.py:bonus"])
+    config = json.loads(Path("b/run.json").read_text())["config"]
+    assert config["objective"] == "my.py:bonus"
+    assert config["alpha"] == 0.5
+    Path("my.py").unlink()
+    capsys.readouterr()
+    assert main("--resume", "b", "--steps", "5") == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("train.py: ") and message in errors[0]
-    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert len(errors) == 1
+    assert "--objective my.py:bonus: no such objective or file" in errors[0]
+
+
+# ----------------------------------------------------------------------------- what may change
+def test_more_steps_can_be_added(whole, tmp_path, capsys):
+    """--steps beside --resume lengthens a run; what it has done already cannot be taken back."""
+    run = copied(whole, tmp_path / "run")
+    assert main("--resume", str(run), "--steps", "10") == 0
+    assert [line["step"] for line in log(run)] == list(range(1, 11))
+    assert not equal(whole, run)
+    saved = json.loads((run / "run.json").read_text())
+    assert saved["config"]["steps"] == 10  # so that it could be resumed once more
+    assert main("--resume", str(run), "--steps", "9") == 2
+    assert "it is at step 10 already" in capsys.readouterr().err
 
 
 def test_only_steps_may_change(whole, capsys):
-    assert train.main(["--resume", str(whole), "--lr", "1e-3"]) == 2
+    """Any other option beside --resume is refused by its name."""
+    assert main("--resume", str(whole), "--lr", "1e-3") == 2
     assert "--lr" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- damage
+STATE = "checkpoints/step-9/state.pt"
+WEIGHTS = "checkpoints/step-9/model.safetensors"
+
+
+def garbage(name):
+    return lambda run: (run / name).write_bytes(b"x" * 100)
+
+
+def truncated(run):
+    (run / STATE).write_bytes((run / STATE).read_bytes()[:5000])
+
+
+def another_seed(run):
+    text = (run / "run.json").read_text()
+    (run / "run.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+
+
+def checkpoints_moved(run):
+    for path in (run / "checkpoints").glob("step-*"):
+        path.rename(run / path.name)
+
+
+DAMAGE = {  # name: what is done to the run folder, fragment of the message
+    "garbage": (garbage(STATE), "step-9"),
+    "truncated": (truncated, "step-9"),
+    "weights": (garbage(WEIGHTS), "cannot load the model"),
+    "another run": (another_seed, "of another run"),
+    "run.json broken": (lambda run: (run / "run.json").write_text("{"), "run.json"),
+    "run.json gone": (lambda run: (run / "run.json").unlink(), "run.json"),
+    "no checkpoints": (checkpoints_moved, "no checkpoint"),
+}
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage,message", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_reported(whole, tmp_path, capsys, damage, message):
+    """In one line, with nothing in the folder touched."""
+    run = copied(whole, tmp_path / "run")
+    damage(run)
+    before = files(run)
+    assert main("--resume", str(run)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("train.py: ")
+    assert message in errors[0]
+    assert files(run) == before

@@ -8,113 +8,206 @@ import pytest
 import torch
 
 import bench
+import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
 from conftest import random_llama
-from dqo import BadInput, Config, Rollout, advantages, dqo_step, embed, marginal_gains, policy_loss, quality_weighted, sample, token_logps
+from dqo import (
+    BadInput,
+    Config,
+    Rollout,
+    advantages,
+    dqo_step,
+    embed,
+    marginal_gains,
+    policy_loss,
+    quality_weighted,
+    sample,
+    token_logps,
+)
+
+ROWS = [{"prompt": "<s> w5 w6"}, {"prompt": "<s> w9 w9 w3"}, {"prompt": "<s>"}]
+PROMPTS = [row["prompt"] for row in ROWS]
+P, K, LONGEST = 3, 4, 10
 
 
 class HashEncoder:
-    """A stand-in with sentence-transformers' interface: a random direction per text, the same every time."""
+    """sentence-transformers' interface: a random direction per text, the same every time."""
 
     def __init__(self):
         self.seen = []
 
     def encode(self, texts):
         self.seen += texts
-        return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(zlib.crc32(t.encode()))) for t in texts]).numpy()
+        return torch.stack([self.direction(text) for text in texts]).numpy()
+
+    def direction(self, text):
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        return torch.randn(16, generator=generator)
 
 
 def reward(prompts, responses, rows):
-    assert len(prompts) == len(responses) == len(rows) == 12
-    return [min(1.0, len(set(r.split())) / 8) for r in responses]
-
-
-ROWS = [{"prompt": "<s> w5 w6"}, {"prompt": "<s> w9 w9 w3"}, {"prompt": "<s>"}]
+    """The share of different words, of eight."""
+    assert len(prompts) == len(responses) == len(rows) == P * K
+    return [min(1.0, len(set(response.split())) / 8) for response in responses]
 
 
 def config(**kw):
-    return Config(**{**dict(k=4, prompts=3, max_new_tokens=10, beta=0.0, lr=1e-3), **kw})
+    """The options of most tests here, but for what is given."""
+    usual = dict(k=K, prompts=P, max_new_tokens=LONGEST, beta=0.0, lr=1e-3)
+    return Config(**{**usual, **kw})
 
 
-def step(model, tokenizer, reference=None, encoder=None, **kw):
-    """One step from a fixed seed with plain SGD at lr 1, so that the update *is* the gradient. -> (updates, metrics)"""
+def sgd(model, lr=1.0):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def step(model, tokenizer, reference=None, **kw):
+    """One step from a fixed seed: (what was taken off each parameter, metrics).
+
+    It is plain SGD at lr 1, so that what is taken off *is* the gradient.
+    """
     model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     torch.manual_seed(4)
-    metrics = dqo_step(model, tokenizer, encoder or HashEncoder(), reward, optimizer, ROWS, config(**kw), reference)
-    return [b - p.detach() for b, p in zip(before, model.parameters())], metrics
+    metrics = dqo_step(model, tokenizer, HashEncoder(), reward, sgd(model), ROWS,
+                       config(**kw), reference)
+    updates = [b - p.detach() for b, p in zip(before, model.parameters())]
+    return updates, metrics
 
 
+def rollout_of_step(model, tokenizer):
+    """The responses that `step` draws."""
+    torch.manual_seed(4)
+    return sample(model, tokenizer, PROMPTS, K, LONGEST)
+
+
+def quality_of(rollout):
+    return torch.tensor(reward(rollout.texts, rollout.texts, rollout.texts)).view(P, K)
+
+
+def column(metrics, key):
+    """One number of every sample of a step, (P, K)."""
+    return torch.tensor([s[key] for s in metrics["samples"]]).view(P, K)
+
+
+def assert_all_close(a, b, rtol, atol):
+    """Two lists of tensors, one tensor after the other."""
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+def differ(a, b, atol):
+    """Whether any tensor of one list is further than atol from that of the other."""
+    return any(not torch.allclose(x, y, atol=atol) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------- the gradient
 def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
-    """The same update assembled by hand from the public functions."""
+    """The same update and metrics come out when assembled by hand from the public functions."""
     updates, metrics = step(model, tokenizer)
-    torch.manual_seed(4)
-    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
-    quality = torch.tensor(reward(rollout.texts, rollout.texts, rollout.texts)).view(3, 4)
-    gain = marginal_gains(embed(HashEncoder(), rollout.texts).view(3, 4, -1))
+
+    rollout = rollout_of_step(model, tokenizer)
+    quality = quality_of(rollout)
+    gain = marginal_gains(embed(HashEncoder(), rollout.texts).view(P, K, -1))
     weight = advantages(quality, 1.0 * gain, "mean")
     logp = token_logps(model, rollout)
-    loss = -(weight.flatten()[:, None] * logp).sum() / (12 * 10)
+    loss = -(weight.flatten()[:, None] * logp).sum() / (P * K * LONGEST)
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    scale = min(1.0, 1 / (torch.stack([g.norm() for g in grads]).norm().item() + 1e-6))
-    for u, g in zip(updates, grads):
-        torch.testing.assert_close(u, g * scale, rtol=1e-4, atol=1e-6)
-    assert metrics["quality"] == pytest.approx(quality.mean().item()) and metrics["gain"] == pytest.approx(gain.mean().item())
-    assert 0 < metrics["drift"] < 1e-5  # two ways to the same numbers, so the rounding differs
+    norm = torch.stack([g.norm() for g in grads]).norm().item()
+    clip = min(1.0, 1 / (norm + 1e-6))
+    assert_all_close(updates, [g * clip for g in grads], rtol=1e-4, atol=1e-6)
+
+    assert metrics["quality"] == pytest.approx(quality.mean().item())
+    assert metrics["gain"] == pytest.approx(gain.mean().item())
+    assert 0 < metrics["drift"] < 1e-5  # two ways to the same numbers: the rounding differs
     assert metrics["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
-    s = metrics["samples"][5]
-    assert s["prompt"] == ROWS[1]["prompt"] and s["response"] == rollout.texts[5] and s["advantage"] == pytest.approx(weight[1, 1].item())
+    shown = metrics["samples"][5]
+    assert shown["prompt"] == PROMPTS[1]
+    assert shown["response"] == rollout.texts[5]
+    assert shown["advantage"] == pytest.approx(weight[1, 1].item())
 
 
 @pytest.mark.parametrize("objective", ["dqo", "grpo", "pairwise"])
 def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
-    whole, m = step(model, tokenizer, objective=objective, micro_batch=12)
-    assert max(u.abs().max() for u in whole) > 1e-3 and m["grad_norm"] > 1e-3  # at ratio 1 the gradient is not zero
+    """A step in parts of any size is the step in one piece."""
+    whole, expected = step(model, tokenizer, objective=objective, micro_batch=12)
+    # At ratio 1 the gradient is not zero.
+    assert max(u.abs().max() for u in whole) > 1e-3
+    assert expected["grad_norm"] > 1e-3
     for size in (1, 4, 5, 0):
-        parts, n = step(model, tokenizer, objective=objective, micro_batch=size)
-        for a, b in zip(whole, parts):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        parts, metrics = step(model, tokenizer, objective=objective, micro_batch=size)
+        assert_all_close(whole, parts, rtol=1e-4, atol=1e-6)
         for key in ("loss", "grad_norm", "drift", "entropy", "clipped"):
-            assert m[key] == pytest.approx(n[key], abs=1e-5)
+            assert expected[key] == pytest.approx(metrics[key], abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(model, tokenizer, monkeypatch):
-    mlp, calls, layers = type(model.model.layers[0].mlp), [], len(model.model.layers)
-    monkeypatch.setattr(mlp, "forward", lambda self, x, f=mlp.forward: (torch.is_grad_enabled() and calls.append(tuple(x.shape[:2])), f(self, x))[1])
+@pytest.fixture
+def forwards(model, monkeypatch):
+    """(rows, columns) of every pass through an MLP of the model that records a gradient."""
+    mlp, seen = type(model.model.layers[0].mlp), []
+    forward = mlp.forward
+
+    def recorded(self, x):
+        if torch.is_grad_enabled():
+            seen.append(tuple(x.shape[:2]))
+        return forward(self, x)
+    monkeypatch.setattr(mlp, "forward", recorded)
+    return seen
+
+
+def test_gradient_checkpointing_changes_nothing(model, tokenizer, forwards):
+    """The update is the same; each prompt runs once without it, each layer twice with it."""
+    layers = len(model.model.layers)
     whole, _ = step(model, tokenizer)
-    prompt, response = calls[0], calls[layers]
-    assert calls == [prompt] * layers + [response] * layers and (prompt[0], response[0]) == (len(ROWS), 4 * len(ROWS))  # each prompt once
-    calls.clear()
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    prompt, response = forwards[0], forwards[layers]
+    assert forwards == [prompt] * layers + [response] * layers
+    assert prompt[0] == P
+    assert response[0] == P * K
+
+    forwards.clear()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
     again, metrics = step(model, tokenizer)
-    assert calls == [(4 * len(ROWS), prompt[1] + response[1])] * 2 * layers, "each layer's forward should have run once more"
-    for a, b in zip(whole, again):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    both = (P * K, prompt[1] + response[1])
+    assert forwards == [both] * 2 * layers, "each layer's forward should have run once more"
+    assert_all_close(whole, again, rtol=1e-4, atol=1e-6)
     assert metrics["drift"] < 1e-5
 
 
 def test_chunked_log_softmax_is_exact(model, tokenizer):
+    """token_logps and its gradient are those of a plain log-softmax, in chunks of any size."""
     torch.manual_seed(0)
-    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    rollout = sample(model, tokenizer, PROMPTS, K, LONGEST)
     weight = torch.randn(rollout.mask.shape)  # the gradient differs from token to token
+    parameters = list(model.parameters())
+
+    def with_gradient(logp):
+        return [logp, *torch.autograd.grad((weight * logp).sum(), parameters)]
     real, T = rollout.attention_mask, rollout.mask.shape[1]
-    logits = model(input_ids=rollout.tokens, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits[:, -T - 1:-1]
-    logp = (logits / 0.7).log_softmax(-1).gather(-1, rollout.tokens[:, -T:, None])[..., 0] * rollout.mask
-    naive = [logp, *torch.autograd.grad((weight * logp).sum(), list(model.parameters()))]
+    position_ids = (real.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=rollout.tokens, attention_mask=real, position_ids=position_ids)
+    logits = out.logits[:, -T - 1:-1]
+    target = rollout.tokens[:, -T:, None]
+    logp = (logits / 0.7).log_softmax(-1).gather(-1, target)[..., 0]
+    plain = with_gradient(logp * rollout.mask)
+
     for chunk in (1, 100, 2 ** 24):  # a row at a time, two, all
-        logp = token_logps(model, rollout, 0.7, chunk=chunk)
-        for a, b in zip(naive, [logp, *torch.autograd.grad((weight * logp).sum(), list(model.parameters()))]):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        chunked = with_gradient(token_logps(model, rollout, 0.7, chunk=chunk))
+        assert_all_close(plain, chunked, rtol=1e-4, atol=1e-5)
 
 
+# ----------------------------------------------------------------------------------- the loss
 def test_on_policy_loss_has_value_but_above_all_a_gradient():
+    """At ratio 1 the gradient is the advantage over the constant number of tokens."""
     logp = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     loss, stats = policy_loss(logp, torch.tensor([1.0, -1.0]), mask, 4)
     loss.backward()
     assert loss.item() == pytest.approx(-(2 - 1) / 8)
     torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) / 8)
-    assert stats["clipped"] == 0 and stats["entropy"] == pytest.approx(3.5)
+    assert stats["clipped"] == 0
+    assert stats["entropy"] == pytest.approx(3.5)
 
 
 def test_clipped_ratio_by_hand():
@@ -122,14 +215,18 @@ def test_clipped_ratio_by_hand():
     ratio = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
     old = torch.full((2, 2), -1.0)
     logp = (old + ratio.log()).requires_grad_()
-    loss, stats = policy_loss(logp, torch.tensor([2.0, -2.0]), torch.ones(2, 2, dtype=torch.bool), 5, old, clip=0.2)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss, stats = policy_loss(logp, torch.tensor([2.0, -2.0]), mask, 5, old, clip=0.2)
     loss.backward()
     # min(1.5 * 2, 1.2 * 2) = 2.4 (flat)   min(0.5 * 2, 0.8 * 2) = 1.0
     # min(-3, -2.4) = -3                   min(-1, -1.6) = -1.6 (flat)
     assert loss.item() == pytest.approx(-(2.4 + 1.0 - 3.0 - 1.6) / 10)
-    torch.testing.assert_close(logp.grad, -torch.tensor([[0.0, 0.5 * 2], [1.5 * -2, 0.0]]) / 10)
+    by_hand = -torch.tensor([[0.0, 0.5 * 2], [1.5 * -2, 0.0]]) / 10
+    torch.testing.assert_close(logp.grad, by_hand)
     assert stats["clipped"] == 2
-    per_token, _ = policy_loss(logp, torch.tensor([[2.0, 2.0], [-2.0, -2.0]]), torch.ones(2, 2, dtype=torch.bool), 5, old, clip=0.2)
+
+    weights = torch.tensor([[2.0, 2.0], [-2.0, -2.0]])
+    per_token, _ = policy_loss(logp, weights, mask, 5, old, clip=0.2)
     assert per_token.item() == pytest.approx(loss.item())
 
 
@@ -137,122 +234,180 @@ def test_epochs(model, tokenizer):
     """The first of several epochs is the on-policy step; the second is not, and moves on."""
     one, _ = step(model, tokenizer)
     two, metrics = step(model, tokenizer, epochs=2)
-    assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(one, two))
+    assert differ(one, two, atol=1e-5)
     assert metrics["drift"] < 1e-5  # of the first epoch
-    # The second epoch's ratio is against the policy that sampled, so a tight clip stops what a wide one lets move.
-    tight, metrics = step(model, tokenizer, epochs=2, clip=1e-4)
+
+    # The second epoch's ratio is against the policy that sampled, so a tight clip stops what a
+    # wide one lets move.
+    tight, clipped = step(model, tokenizer, epochs=2, clip=1e-4)
     wide, free = step(model, tokenizer, epochs=2, clip=1e4)
-    assert metrics["clipped"] > 0.2 and free["clipped"] == 0 and any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(tight, wide))
+    assert clipped["clipped"] > 0.2
+    assert free["clipped"] == 0
+    assert differ(tight, wide, atol=1e-4)
+
     micro, _ = step(model, tokenizer, epochs=2, micro_batch=5)
-    for a, b in zip(two, micro):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert_all_close(two, micro, rtol=1e-3, atol=1e-5)
 
 
+# ----------------------------------------------------------------------------- the advantages
 def test_kl_is_zero_at_the_reference_and_pulls_back_away_from_it(model, tokenizer):
+    """beta changes nothing at the reference; elsewhere r becomes r - beta * log(pi/pi_ref)."""
     without, _ = step(model, tokenizer)
     at, metrics = step(model, tokenizer, copy.deepcopy(model), beta=0.5)
     assert abs(metrics["kl"]) < 1e-5
-    for a, b in zip(without, at):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert_all_close(without, at, rtol=1e-3, atol=1e-5)
+
     other = random_llama(40, seed=9)
     away, metrics = step(model, tokenizer, other, beta=0.5)
-    assert metrics["kl"] > 0.1 and any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(without, away))
-    # by hand: r - beta * log(pi/pi_ref), summed over the response
-    torch.manual_seed(4)
-    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
+    assert metrics["kl"] > 0.1
+    assert differ(without, away, atol=1e-3)
+
+    # By hand, the log-ratio summed over the response.
+    rollout = rollout_of_step(model, tokenizer)
     with torch.no_grad():
-        ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1)
-    quality = torch.tensor(reward(rollout.texts, rollout.texts, rollout.texts))
-    gain = torch.tensor([s["gain"] for s in metrics["samples"]])
-    expected = advantages((quality - 0.5 * ratio).view(3, 4), gain.view(3, 4), "mean").flatten()
-    torch.testing.assert_close(torch.tensor([s["advantage"] for s in metrics["samples"]]), expected, rtol=1e-4, atol=1e-4)
+        ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1).view(P, K)
+    gain = column(metrics, "gain")
+    expected = advantages(quality_of(rollout) - 0.5 * ratio, gain, "mean")
+    torch.testing.assert_close(column(metrics, "advantage"), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_advantages_stay_within_their_group(model, tokenizer):
     """Each prompt's advantages sum to 0 on their own, and grpo does not touch the encoder."""
     for objective in ("dqo", "grpo"):
         _, metrics = step(model, tokenizer, objective=objective)
-        a = torch.tensor([s["advantage"] for s in metrics["samples"]]).view(3, 4)
-        torch.testing.assert_close(a.sum(1), torch.zeros(3), rtol=0, atol=1e-5)
+        sums = column(metrics, "advantage").sum(1)
+        torch.testing.assert_close(sums, torch.zeros(P), rtol=0, atol=1e-5)
+
+    no_encoder = None
     torch.manual_seed(4)
-    model = copy.deepcopy(model)
-    metrics = dqo_step(model, tokenizer, None, reward, torch.optim.SGD(model.parameters(), lr=0.0), ROWS, config(objective="grpo"))
-    assert math.isnan(metrics["log_det"]) and math.isfinite(metrics["quality"])
+    metrics = dqo_step(model, tokenizer, no_encoder, reward, sgd(model, lr=0.0), ROWS,
+                       config(objective="grpo"))
+    assert math.isnan(metrics["log_det"])
+    assert math.isfinite(metrics["quality"])
 
 
 def test_embed():
+    """Unit vectors in the order of the texts; each text is encoded once, also across calls."""
     encoder = HashEncoder()
     phi = embed(encoder, ["b", "a", "b", "", "a", ""])
-    assert encoder.seen == ["b", "a", ""]  # each once
-    assert phi.shape == (6, 16) and phi.dtype == torch.float32
+    assert encoder.seen == ["b", "a", ""]
+    assert phi.shape == (6, 16)
+    assert phi.dtype == torch.float32
     torch.testing.assert_close(phi.norm(dim=1), torch.ones(6))
+    b, a, empty = phi[0], phi[1], phi[3]
+    assert phi[2].equal(b)
+    assert phi[4].equal(a)
+    assert phi[5].equal(empty)
+    assert not b.equal(a)
+
     known = {}
-    embed(encoder, ["a", "c"], known), embed(encoder, ["c", "d", "a"], known)
-    assert encoder.seen[3:] == ["a", "c", "d"] and embed(encoder, ["a"], known)[0].equal(phi[1])  # remembered across calls
-    assert phi[0].equal(phi[2]) and phi[1].equal(phi[4]) and phi[3].equal(phi[5]) and not phi[0].equal(phi[1])
+    embed(encoder, ["a", "c"], known)
+    embed(encoder, ["c", "d", "a"], known)
+    assert encoder.seen[3:] == ["a", "c", "d"]
+    assert embed(encoder, ["a"], known)[0].equal(a)
+
+
+# ------------------------------------------------------------------------- what stops the step
+class BrokenEncoder(HashEncoder):
+    """The embedding of the last text that was not known yet has a NaN."""
+
+    def encode(self, texts):
+        phi = super().encode(texts)
+        phi[-1, 3] = float("nan")
+        return phi
+
+
+def broken_reward(prompts, responses, rows):
+    return [0.5] * 5 + [float("nan")] + [0.5] * 6
 
 
 @pytest.mark.parametrize("what", ["quality", "embedding", "gradient"])
-def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(model, tokenizer, what):
-    class Broken(HashEncoder):
-        def encode(self, texts):
-            phi = super().encode(texts)
-            phi[-1, 3] = float("nan")  # of the last text that was not known yet
-            return phi
+def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
+        model, tokenizer, what):
+    """The error names the prompt and the response that it belongs to."""
+    encoder = BrokenEncoder() if what == "embedding" else HashEncoder()
+    score = broken_reward if what == "quality" else reward
     if what == "gradient":
         model.lm_head.weight.register_hook(lambda g: g * float("inf"))
     before = [p.detach().clone() for p in model.parameters()]
-    score = (lambda p, t, r: [0.5] * 5 + [float("nan")] + [0.5] * 6) if what == "quality" else reward
+    message = f"the {what} is (nan|inf) for the prompt .* and the response "
     torch.manual_seed(4)
-    with pytest.raises(BadInput, match=f"the {what} is (nan|inf) for the prompt .* and the response ") as error:
-        dqo_step(model, tokenizer, Broken() if what == "embedding" else HashEncoder(), score, torch.optim.SGD(model.parameters(), lr=1.0), ROWS, config())
-    torch.manual_seed(4)
-    rollout = sample(model, tokenizer, [r["prompt"] for r in ROWS], 4, 10)
-    guilty = dict(quality=5, embedding=rollout.texts.index(list(dict.fromkeys(rollout.texts))[-1]))
-    if what in guilty:
-        assert repr(rollout.texts[guilty[what]][:80]) in str(error.value) and repr(ROWS[guilty[what] // 4]["prompt"]) in str(error.value)
+    with pytest.raises(BadInput, match=message) as error:
+        dqo_step(model, tokenizer, encoder, score, sgd(model), ROWS, config())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
+    texts = rollout_of_step(model, tokenizer).texts
+    last_new_text = list(dict.fromkeys(texts))[-1]
+    guilty = dict(quality=5, embedding=texts.index(last_new_text))
+    if what in guilty:
+        response = guilty[what]
+        assert repr(texts[response][:80]) in str(error.value)
+        assert repr(PROMPTS[response // K]) in str(error.value)
 
-def test_an_unbounded_reward_is_centred_once_for_the_kernel_and_never_in_the_reward(model, tokenizer):
+
+def test_an_unbounded_reward_is_centred_once_for_the_kernel_and_never_in_the_reward(
+        model, tokenizer):
+    """The sigmoid's centre is the first rollout's mean quality, and stays in the second."""
     def score(prompts, responses, rows):
-        return [7.0 + len(t.split()) for t in responses]
-    memory, optimizer, center = {}, torch.optim.SGD(model.parameters(), lr=0.0), None
+        return [7.0 + len(response.split()) for response in responses]
+    options, optimizer = config(kernel="quality"), sgd(model, lr=0.0)
     with pytest.raises(BadInput, match=r"in \[0, 1\]"):  # a range was not declared
-        dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, config(kernel="quality"))
+        dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, options)
+
     score.range = (-float("inf"), float("inf"))
-    for expected in (None, "the same"):
-        torch.manual_seed(4 if expected is None else 5)
-        metrics = dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, config(kernel="quality"), memory=memory)
-        center = metrics["quality"] if expected is None else center
+    memory, center = {}, None
+    for seed in (4, 5):
+        torch.manual_seed(seed)
+        metrics = dqo_step(model, tokenizer, HashEncoder(), score, optimizer, ROWS, options,
+                           memory=memory)
+        if center is None:
+            center = metrics["quality"]
         assert memory["center"] == center
-        quality = torch.tensor([s["quality"] for s in metrics["samples"]]).view(3, 4)
-        phi = embed(HashEncoder(), [s["response"] for s in metrics["samples"]]).view(3, 4, -1)
+        quality = column(metrics, "quality")
+        texts = [s["response"] for s in metrics["samples"]]
+        phi = embed(HashEncoder(), texts).view(P, K, -1)
         gain = marginal_gains(quality_weighted(phi, torch.sigmoid(quality - center)))
-        got = torch.tensor([s["advantage"] for s in metrics["samples"]]).view(3, 4)
-        torch.testing.assert_close(got, advantages(quality, gain, "mean"), rtol=1e-4, atol=1e-5)
+        expected = advantages(quality, gain, "mean")
+        got = column(metrics, "advantage")
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert metrics["quality"] != center
 
 
-def test_an_unknown_name_is_refused():
-    for bad in (dict(objective="DQO"), dict(kernel="qualty"), dict(baseline="Mean")):
-        with pytest.raises(BadInput, match="choose from"):
-            Config(**bad).check()
+@pytest.mark.parametrize("option", [
+    dict(objective="DQO"),
+    dict(kernel="qualty"),
+    dict(baseline="Mean"),
+])
+def test_an_unknown_name_is_refused(option):
+    """A misspelt choice is answered with the list of choices."""
+    with pytest.raises(BadInput, match="choose from"):
+        Config(**option).check()
 
 
+# --------------------------------------------------------------------------------- the memory
 def test_the_loss_needs_a_third_of_the_memory_of_a_plain_log_softmax():
     """At a vocabulary of 150k, forward and backward, with the same gradient."""
     torch.manual_seed(0)
     vocab, B, N, T = 150_000, 4, 1, 128
-    tokens, mask = torch.randint(vocab, (B, N + T)), torch.ones(B, T, dtype=torch.bool)
-    rollout = Rollout(tokens, torch.ones_like(tokens), N, mask, torch.zeros(B, T), [""] * B, mask[:, 0])
+    tokens = torch.randint(vocab, (B, N + T))
+    mask = torch.ones(B, T, dtype=torch.bool)
+    rollout = Rollout(
+        tokens=tokens,
+        attention_mask=torch.ones_like(tokens),
+        prompt_length=N,
+        mask=mask,
+        logp=torch.zeros(B, T),
+        texts=[""] * B,
+        truncated=mask[:, 0])
     model, weight = bench.OnlyLogits(vocab), torch.randn(B)
     peak, grads = {}, {}
     for way in ("dqo", "plain"):
         model.zero_grad(set_to_none=False)
-        bench.loss_step(way, model, rollout, weight)  # so that the gradients of the weights are there already
+        # Once before it is measured, so that the gradients of the weights are there already.
+        bench.loss_step(way, model, rollout, weight)
         grads[way] = [p.grad.clone() for p in model.parameters()]
         peak[way] = bench.allocated(bench.loss_step, way, model, rollout, weight)
-    assert peak["plain"] > 3 * vocab * B * T * 4 / 2 ** 20 and peak["dqo"] <= peak["plain"] / 3, peak
-    for a, b in zip(grads["dqo"], grads["plain"]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    one_copy_of_the_logits = vocab * B * T * 4 / 2 ** 20  # MB
+    assert peak["plain"] > 3 * one_copy_of_the_logits, peak
+    assert peak["dqo"] <= peak["plain"] / 3, peak
+    assert_all_close(grads["dqo"], grads["plain"], rtol=1e-4, atol=1e-7)

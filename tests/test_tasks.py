@@ -2,88 +2,167 @@
 
 import pytest
 
-from data import tasks
+from data.prompts import TASKS, load_rows
+from data.rewards import instruct, reason, story, summarize, value
+from data.scoring import load_reward
 from dqo import BadInput
 
 CITY = {"answer": ["lisbon", "rome"]}
-TRIP = {"answer": {"who": "anna", "what": "hat", "color": "red", "where": "market", "when": "monday", "weather": "rain"}}
+TRIP = {"answer": {"who": "anna", "what": "hat", "color": "red", "where": "market",
+                   "when": "monday", "weather": "rain"}}
 TALE = {"answer": ["dog", "park"]}
 N24 = {"answer": 24}
-NONSENSE = ["", " ", "\n", ".", "٣", "²⁴", "ＲＯＭＥ", "💥", "a" * 10000, "((((((((", "9" * 5000, "\x00", "None", "[]", "1/0", "__import__('os')"]
+NONSENSE = [
+    "", " ", "\n", ".", "٣", "²⁴", "ＲＯＭＥ", "💥", "a" * 10000, "((((((((", "9" * 5000, "\x00",
+    "None", "[]", "1/0", "__import__('os')",
+]
+
+RIGHT = {
+    "instruct": ["lisbon", "Lisbon", " rome .", "Rome."],
+    "summarize": [
+        "anna bought a hat at the market .",
+        "Anna bought a hat at the market.",
+        "anna got a red hat in the market on monday .",
+        "at the market , anna purchased a hat .",
+        "on monday , anna bought a hat at the market .",
+        "a hat was bought by anna at the market .",
+        "at the market, a red hat was purchased by anna despite the rain on monday.",
+        "despite the rain, anna bought a hat on monday at the market .",
+    ],
+    "story": [
+        "the dog sleeps in the park .",
+        "The old dog sleeps quietly in the little park.",
+        "the dog runs alone by the park",
+    ],
+    "reason": [
+        "4 * 6", "20 + 4", "(2 + 1) * 8", "30 - 6", "48 / 2", "1/2*48", "4*6.", "- 1 + 25",
+        "3 * 2 * 4 * 1", "2-(-22)",
+    ],
+}
+
+WRONG = {
+    "instruct": ["tokyo", "lisbon rome", "lisbon lisbon", "lisbon is", "lisbo", "the"],
+    "summarize": [
+        "ben bought a hat at the market .",
+        "anna bought a lamp at the market .",
+        "anna bought a hat at the mall .",
+        "anna bought a hat .",
+        "anna bought a blue hat at the market .",
+        "anna bought a hat at the market on friday .",
+        "anna bought a hat at the market and went home .",
+        "anna bought a hat at the market at the market .",
+        "on monday anna bought a hat at the market on monday .",
+        "leo bought a hat at the market .",
+        "anna bought a hat at the market despite the rain despite the rain .",
+        "anna bought a hat at the market despite the cold .",
+        "anna bought a hat at the market . anna bought a hat at the market .",
+        "at the market , at the market , anna bought a hat .",
+    ],
+    "story": [
+        "the dog sleeps in the house .",
+        "the cat sleeps in the park .",
+        "the dog in the park .",
+        "dog park",
+        "the dog sleeps in the park . the",
+        "the dog sleeps in the park . the dog sleeps in the park .",
+        "the park sleeps in the dog .",
+        "the dog sleeps the park .",
+        "the old the dog sleeps in the park .",
+    ],
+    "reason": [
+        "24", "4 * 5", "4 * 6 + 1", "4 * 6 =", "4 * 6 = 24", "4 * 6 6", "20 +", "4 ** 6",
+        "9**9**9**9**9", "24 // 1", "1 / 0", "24.0 + 0", "x + 24", "+24", "-(-24)",
+        "4 * 6 # right", "4 * 6 lisbon", "0x18 + 0", "(4 * 6", "2_4 + 0", "٤ * ٦",
+        "(" * 90 + "24", "1" * 90 + "*1",
+    ],
+}
+
+REWARD_AND_ROW = [(instruct, CITY), (summarize, TRIP), (story, TALE), (reason, N24)]
 
 
-@pytest.mark.parametrize("reward,row,right", [
-    (tasks.instruct, CITY, ["lisbon", "Lisbon", " rome .", "Rome."]),
-    (tasks.summarize, TRIP, [
-        "anna bought a hat at the market .", "Anna bought a hat at the market.", "anna got a red hat in the market on monday .",
-        "at the market , anna purchased a hat .", "on monday , anna bought a hat at the market .", "a hat was bought by anna at the market .",
-        "at the market, a red hat was purchased by anna despite the rain on monday.", "despite the rain, anna bought a hat on monday at the market ."]),
-    (tasks.story, TALE, ["the dog sleeps in the park .", "The old dog sleeps quietly in the little park.", "the dog runs alone by the park"]),
-    (tasks.reason, N24, ["4 * 6", "20 + 4", "(2 + 1) * 8", "30 - 6", "48 / 2", "1/2*48", "4*6.", "- 1 + 25", "3 * 2 * 4 * 1", "2-(-22)"]),
-])
-def test_right_answers(reward, row, right):
+@pytest.mark.parametrize("reward,row", REWARD_AND_ROW)
+def test_right_answers(reward, row):
+    right = RIGHT[reward.__name__]
     assert [reward(row, r) for r in right] == [1.0] * len(right)
 
 
-@pytest.mark.parametrize("reward,row,wrong", [
-    (tasks.instruct, CITY, ["tokyo", "lisbon rome", "lisbon lisbon", "lisbon is", "lisbo", "the"]),
-    (tasks.summarize, TRIP, [
-        "ben bought a hat at the market .", "anna bought a lamp at the market .", "anna bought a hat at the mall .", "anna bought a hat .",
-        "anna bought a blue hat at the market .", "anna bought a hat at the market on friday .", "anna bought a hat at the market and went home .",
-        "anna bought a hat at the market at the market .", "on monday anna bought a hat at the market on monday .", "leo bought a hat at the market .",
-        "anna bought a hat at the market despite the rain despite the rain .", "anna bought a hat at the market despite the cold .", "anna bought a hat at the market . anna bought a hat at the market .",
-        "at the market , at the market , anna bought a hat ."]),
-    (tasks.story, TALE, ["the dog sleeps in the house .", "the cat sleeps in the park .", "the dog in the park .", "dog park", "the dog sleeps in the park . the",
-                         "the dog sleeps in the park . the dog sleeps in the park .", "the park sleeps in the dog .", "the dog sleeps the park .", "the old the dog sleeps in the park ."]),
-    (tasks.reason, N24, ["24", "4 * 5", "4 * 6 + 1", "4 * 6 =", "4 * 6 = 24", "4 * 6 6", "20 +", "4 ** 6", "9**9**9**9**9", "24 // 1", "1 / 0", "24.0 + 0", "x + 24", "+24", "-(-24)",
-                         "4 * 6 # right", "4 * 6 lisbon", "0x18 + 0", "(4 * 6", "2_4 + 0", "٤ * ٦", "(" * 90 + "24", "1" * 90 + "*1"]),
-])
-def test_near_misses_and_nonsense(reward, row, wrong):
-    assert [(r, reward(row, r)) for r in wrong + NONSENSE] == [(r, 0.0) for r in wrong + NONSENSE]
+@pytest.mark.parametrize("reward,row", REWARD_AND_ROW)
+def test_near_misses_and_nonsense(reward, row):
+    wrong = WRONG[reward.__name__] + NONSENSE
+    assert [(r, reward(row, r)) for r in wrong] == [(r, 0.0) for r in wrong]
 
 
 def test_value_is_exact():
-    assert tasks.value("1/3*3") == 1 and tasks.value("10/4") == 2.5 and tasks.value("1/3") != 0.3333333333333333
-    assert tasks.value("7 - 2 - 1") == 4 and tasks.value("-3 + 5") == 2 and tasks.value("2 * (3 + 4)") == 14
+    assert value("1/3*3") == 1
+    assert value("10/4") == 2.5
+    assert value("1/3") != 0.3333333333333333
+    assert value("7 - 2 - 1") == 4
+    assert value("-3 + 5") == 2
+    assert value("2 * (3 + 4)") == 14
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_files(task):
-    train, test = (tasks.load_rows(task, split) for split in ("train", "test"))
-    prompts = [{r["prompt"] for r in rows} for rows in (train, test)]
-    assert len(prompts[0]) >= 90 and len(prompts[1]) >= 16 and not prompts[0] & prompts[1]
-    assert len(prompts[0]) == len(train) and len(prompts[1]) == len(test)  # no prompt twice
+    train, test = load_rows(task, "train"), load_rows(task, "test")
+    train_prompts, test_prompts = {r["prompt"] for r in train}, {r["prompt"] for r in test}
+    assert len(train_prompts) >= 90 and len(test_prompts) >= 16
+    assert not train_prompts & test_prompts
+    assert len(train_prompts) == len(train) and len(test_prompts) == len(test)  # no prompt twice
     assert {r["task"] for r in train + test} == {task}
 
 
 def test_loading(tmp_path):
     file = tmp_path / "mine.jsonl"
-    file.write_text('{"q": "one", "a": 1}\n\n{"q": [{"role": "user", "content": "two"}], "split": "test"}\n')
-    rows = tasks.load_rows(str(file), "test", prompt_key="q", answer_key="a")
-    assert [r["prompt"] for r in rows] == ["one", [{"role": "user", "content": "two"}]] and [r["answer"] for r in rows] == [1, None]
-    assert [r["prompt"] for r in tasks.load_rows(str(file), "train", prompt_key="q")] == ["one"]
-    assert len(tasks.load_rows("story,reason", "train", limit=5)) == 10
-    for text, message in [("", "no prompts"), ('{"q": 1\n', "line 1: not JSON"), ('{"q": "a"}\n[1]\n', "line 2: not a JSON object"), ('{"p": "a"}', "--prompt-key"),
-                          ('{"q": ""}', "line 1"), ('{"q": 5}', "line 1"), ('{"q": []}', "line 1"), ('{"q": ["x"]}', "line 1")]:
-        file.write_text(text)
-        with pytest.raises(BadInput, match=message):
-            tasks.load_rows(str(file), "train", prompt_key="q")
-    for data in ("stories", "story,stories", str(tmp_path / "none.jsonl"), str(tmp_path)):
-        with pytest.raises(BadInput):
-            tasks.load_rows(data, "train")
+    two = [{"role": "user", "content": "two"}]
+    file.write_text(
+        '{"q": "one", "a": 1}\n'
+        "\n"
+        '{"q": [{"role": "user", "content": "two"}], "split": "test"}\n'
+    )
+    rows = load_rows(str(file), "test", prompt_key="q", answer_key="a")
+    assert [r["prompt"] for r in rows] == ["one", two]
+    assert [r["answer"] for r in rows] == [1, None]
+    assert [r["prompt"] for r in load_rows(str(file), "train", prompt_key="q")] == ["one"]
+    assert len(load_rows("story,reason", "train", limit=5)) == 10
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "no prompts"),
+    ('{"q": 1\n', "line 1: not JSON"),
+    ('{"q": "a"}\n[1]\n', "line 2: not a JSON object"),
+    ('{"p": "a"}', "--prompt-key"),
+    ('{"q": ""}', "line 1"),
+    ('{"q": 5}', "line 1"),
+    ('{"q": []}', "line 1"),
+    ('{"q": ["x"]}', "line 1"),
+])
+def test_files_that_cannot_be_used(tmp_path, text, message):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load_rows(str(file), "train", prompt_key="q")
+
+
+@pytest.mark.parametrize("data", ["stories", "story,stories", "FOLDER/none.jsonl", "FOLDER"])
+def test_what_is_no_data(tmp_path, data):
+    with pytest.raises(BadInput):
+        load_rows(data.replace("FOLDER", str(tmp_path)), "train")
 
 
 def test_rewards_by_name_and_from_a_file(tmp_path):
-    rows = tasks.load_rows("story", "train", limit=1) + tasks.load_rows("reason", "train", limit=1)
+    rows = load_rows("story", "train", limit=1) + load_rows("reason", "train", limit=1)
     n = rows[1]["answer"]
-    each = tasks.load_reward(None, "story,reason")
+    each = load_reward(None, "story,reason")
     assert each([None] * 2, ["the x", f"{n - 1} + 1"], rows) == [0.0, 1.0]
-    assert tasks.load_reward("reason", "any.jsonl")([None], [f"{n} * 1"], rows[1:]) == [1.0]
+    assert load_reward("reason", "any.jsonl")([None], [f"{n} * 1"], rows[1:]) == [1.0]
     file = tmp_path / "my.py"
-    file.write_text("def longer(prompts, responses, rows):\n    return [len(r) for r in responses]\n")
-    assert tasks.load_reward(f"{file}:longer", "x.jsonl")(["p"], ["abc"], [{}]) == [3]
+    file.write_text(
+        "def longer(prompts, responses, rows):\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    assert load_reward(f"{file}:longer", "x.jsonl")(["p"], ["abc"], [{}]) == [3]
     for bad in ("nothing", f"{file}:shorter", f"{tmp_path}/no.py:f", "x:y"):
         with pytest.raises(BadInput):
-            tasks.load_reward(bad, "x.jsonl")
+            load_reward(bad, "x.jsonl")
     with pytest.raises(BadInput, match="needs --reward"):
-        tasks.load_reward(None, "x.jsonl")
+        load_reward(None, "x.jsonl")

@@ -1,30 +1,35 @@
-"""The geometry, without any language model: which cities would a perfectly optimised policy recommend?
+"""The geometry, without any language model: which cities would the best policy recommend?
 
-A policy p over 100 answers ("I recommend visiting Lisbon, Portugal.") has no quality to care for, only diversity. Draw
-k = 4 iid answers, with unit-norm embeddings phi and cosines L (over all cities here), and maximise over p
+A policy p over 100 answers ("I recommend visiting Lisbon, Portugal.") has no quality to care for,
+only diversity. Draw k = 4 iid answers, with unit-norm embeddings phi and cosines L (over all cities
+here), and maximise over p
 
     pairwise   the expected cosine distance   1 - E<phi, phi'>    =  1 - p'Lp  =  1 - ||E phi||^2
-    squared    the same, cosines squared      1 - E<phi, phi'>^2  =  1 - ||Sigma||^2,  Sigma = E phi phi'
+    squared    the same, cosines squared      1 - E<phi, phi'>^2  =  1 - ||Sigma||^2
     volume     the expected log-volume        E log det(L_{y1..y4} + I)
 
-All are exact: for the volume all 100^4 groups are enumerated, as pairs of pairs, nothing is sampled. All are concave in p,
-so what is found is the best of all policies, not some local optimum. (Elementwise powers of a Gram matrix such as L are
-Gram matrices, Schur. Volume: given the others of the group, two answers i and j are worth a_i + a_j + log(1 - R_ij^2), with
-some Gram matrix R, and log(1 - R^2) = -sum_m R^(2m)/m.) For comparison the CSV also holds log E det(L + I), which is not
-optimised, from the D-optimality identity, another exact route to the same groups:
+with Sigma = E phi phi'. All are exact: for the volume all 100^4 groups are enumerated, as pairs of
+pairs, nothing is sampled. All are concave in p, so what is found is the best of all policies, not
+some local optimum. (Elementwise powers of a Gram matrix such as L are Gram matrices, Schur. Volume:
+given the others of the group, two answers i and j are worth a_i + a_j + log(1 - R_ij^2), with some
+Gram matrix R, and log(1 - R^2) = -sum_m R^(2m)/m.) For comparison the CSV also holds
+log E det(L + I), which is not optimised, from the D-optimality identity, another exact route to the
+same groups:
 
     E det(L + I) = sum_{j=0..k} C(k, j) j! e_j(eigenvalues of Sigma)
 
-Why they differ: the distance is linear in the cosine, so an answer between two others is never worth giving, only the
-outermost are. The volume counts squared cosines, log det(L + I) = k log 2 - sum_{i<j} L_ij^2 / 4 + ...: to repeat an answer
-is what costs, to give a somewhat similar one is nearly free, so it shares the probability among many. (`squared` shows how
-much of it is that first term.) In miniature, three answers in the plane at 0, 60 and 120 degrees: pairwise 1/2, 0, 1/2;
-the others 1/3 each.
+Why they differ: the distance is linear in the cosine, so an answer between two others is never
+worth giving, only the outermost are. The volume counts squared cosines,
+log det(L + I) = k log 2 - sum_{i<j} L_ij^2 / 4 + ...: to repeat an answer is what costs, to give a
+somewhat similar one is nearly free, so it shares the probability among many. (`squared` shows how
+much of it is that first term.) In miniature, three answers in the plane at 0, 60 and 120 degrees:
+pairwise 1/2, 0, 1/2; the others 1/3 each.
 
-NOTE  This re-creates the geometry of the paper's city experiment, not the experiment, in which a language model is trained:
-cities, sentences and encoder are ours, and what an objective asks for need not be what a training run reaches.
+NOTE  This re-creates the geometry of the paper's city experiment, not the experiment, in which a
+language model is trained: cities, sentences and encoder are ours, and what an objective asks for
+need not be what a training run reaches.
 
-    python data/results/cities.py      # writes cities.csv and cities.png beside this file, 12 s on one core
+    python data/results/cities.py      # writes cities.csv and cities.png here, 12 s on one core
 """
 
 import csv
@@ -36,48 +41,77 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from dqo import embed, load_encoder  # noqa: E402
+from data.models import load_encoder
+from dqo import embed
 
-# The last one is in the picture: a whole sentence is what a model would answer, and the country says which city is meant.
-TEMPLATES = ["{city}", "{city}, {country}", "I recommend visiting {city}.", "The city of {city} in {country} is worth a journey.",
-             "I recommend visiting {city}, {country}."]
-CITIES = {  # capitals and other well-known cities of all continents; a list of 121 gave the same findings
-    "Europe": """Lisbon, Portugal; Madrid, Spain; Paris, France; London, England; Dublin, Ireland; Edinburgh, Scotland;
-        Amsterdam, Netherlands; Brussels, Belgium; Berlin, Germany; Zurich, Switzerland; Vienna, Austria; Prague, Czech Republic;
-        Budapest, Hungary; Warsaw, Poland; Rome, Italy; Venice, Italy; Athens, Greece; Istanbul, Turkey; Bucharest, Romania;
-        Kyiv, Ukraine; Moscow, Russia; Stockholm, Sweden; Helsinki, Finland; Reykjavik, Iceland""",
-    "Asia": """Tokyo, Japan; Kyoto, Japan; Seoul, South Korea; Beijing, China; Shanghai, China; Hong Kong, China; Taipei, Taiwan;
-        Ulaanbaatar, Mongolia; Manila, Philippines; Hanoi, Vietnam; Bangkok, Thailand; Kuala Lumpur, Malaysia;
-        Singapore, Singapore; Jakarta, Indonesia; Yangon, Myanmar; Dhaka, Bangladesh; Mumbai, India; Delhi, India;
-        Colombo, Sri Lanka; Kathmandu, Nepal; Karachi, Pakistan; Tashkent, Uzbekistan; Tehran, Iran;
-        Dubai, United Arab Emirates; Jerusalem, Israel""",
-    "Africa": """Cairo, Egypt; Tunis, Tunisia; Algiers, Algeria; Marrakesh, Morocco; Dakar, Senegal; Bamako, Mali; Accra, Ghana;
-        Lagos, Nigeria; Kinshasa, Congo; Addis Ababa, Ethiopia; Kampala, Uganda; Nairobi, Kenya; Dar es Salaam, Tanzania;
-        Lusaka, Zambia; Windhoek, Namibia; Cape Town, South Africa; Antananarivo, Madagascar""",
-    "North America": """New York, United States; Miami, United States; Chicago, United States; New Orleans, United States;
-        Denver, United States; San Francisco, United States; Anchorage, United States; Honolulu, United States; Toronto, Canada;
-        Vancouver, Canada; Mexico City, Mexico; Guatemala City, Guatemala; Panama City, Panama; Havana, Cuba; Kingston, Jamaica""",
-    "South America": """Bogota, Colombia; Caracas, Venezuela; Quito, Ecuador; Lima, Peru; Cusco, Peru; La Paz, Bolivia;
-        Santiago, Chile; Buenos Aires, Argentina; Montevideo, Uruguay; Rio de Janeiro, Brazil; Manaus, Brazil""",
-    "Oceania": """Sydney, Australia; Melbourne, Australia; Perth, Australia; Darwin, Australia; Auckland, New Zealand;
-        Wellington, New Zealand; Suva, Fiji; Port Moresby, Papua New Guinea""",
+# The last one is in the picture: a whole sentence is what a model would answer, and the country
+# says which city is meant.
+TEMPLATES = [
+    "{city}",
+    "{city}, {country}",
+    "I recommend visiting {city}.",
+    "The city of {city} in {country} is worth a journey.",
+    "I recommend visiting {city}, {country}.",
+]
+CITIES = {  # capitals and other well-known ones; a list of 121 gave the same findings
+    "Europe": """
+        Lisbon, Portugal; Madrid, Spain; Paris, France; London, England; Dublin, Ireland;
+        Edinburgh, Scotland; Amsterdam, Netherlands; Brussels, Belgium; Berlin, Germany;
+        Zurich, Switzerland; Vienna, Austria; Prague, Czech Republic; Budapest, Hungary;
+        Warsaw, Poland; Rome, Italy; Venice, Italy; Athens, Greece; Istanbul, Turkey;
+        Bucharest, Romania; Kyiv, Ukraine; Moscow, Russia; Stockholm, Sweden; Helsinki, Finland;
+        Reykjavik, Iceland""",
+    "Asia": """
+        Tokyo, Japan; Kyoto, Japan; Seoul, South Korea; Beijing, China; Shanghai, China;
+        Hong Kong, China; Taipei, Taiwan; Ulaanbaatar, Mongolia; Manila, Philippines;
+        Hanoi, Vietnam; Bangkok, Thailand; Kuala Lumpur, Malaysia; Singapore, Singapore;
+        Jakarta, Indonesia; Yangon, Myanmar; Dhaka, Bangladesh; Mumbai, India; Delhi, India;
+        Colombo, Sri Lanka; Kathmandu, Nepal; Karachi, Pakistan; Tashkent, Uzbekistan;
+        Tehran, Iran; Dubai, United Arab Emirates; Jerusalem, Israel""",
+    "Africa": """
+        Cairo, Egypt; Tunis, Tunisia; Algiers, Algeria; Marrakesh, Morocco; Dakar, Senegal;
+        Bamako, Mali; Accra, Ghana; Lagos, Nigeria; Kinshasa, Congo; Addis Ababa, Ethiopia;
+        Kampala, Uganda; Nairobi, Kenya; Dar es Salaam, Tanzania; Lusaka, Zambia;
+        Windhoek, Namibia; Cape Town, South Africa; Antananarivo, Madagascar""",
+    "North America": """
+        New York, United States; Miami, United States; Chicago, United States;
+        New Orleans, United States; Denver, United States; San Francisco, United States;
+        Anchorage, United States; Honolulu, United States; Toronto, Canada; Vancouver, Canada;
+        Mexico City, Mexico; Guatemala City, Guatemala; Panama City, Panama; Havana, Cuba;
+        Kingston, Jamaica""",
+    "South America": """
+        Bogota, Colombia; Caracas, Venezuela; Quito, Ecuador; Lima, Peru; Cusco, Peru;
+        La Paz, Bolivia; Santiago, Chile; Buenos Aires, Argentina; Montevideo, Uruguay;
+        Rio de Janeiro, Brazil; Manaus, Brazil""",
+    "Oceania": """
+        Sydney, Australia; Melbourne, Australia; Perth, Australia; Darwin, Australia;
+        Auckland, New Zealand; Wellington, New Zealand; Suva, Fiji;
+        Port Moresby, Papua New Guinea""",
 }
-PLACES = [(*place.split(", "), continent) for continent, places in CITIES.items() for place in " ".join(places.split()).split("; ")]
+PLACES = []  # (city, country, continent)
+for continent, places in CITIES.items():
+    for place in " ".join(places.split()).split("; "):
+        PLACES.append((*place.split(", "), continent))
 
 
+# ---------------------------------------------------------------------------- the best policies
 def maximise_quadratic(H, b, p, tolerance=1e-9):
     """The p on the simplex that maximises p'Hp/2 + b'p, concave on it.    H: (n, n);  b, p: (n,)
 
-    Moves probability from the city with the smallest derivative to the one with the largest, as much as pays off, until all
-    cities in use have the same derivative and no other has a larger one.
-    NOTE  Not by the logits of a softmax. Tried first, with L-BFGS: it drove cities that belong in to nearly 0 on its way, where
-    the logit's gradient vanishes too, and left them there. Here a city can leave and come back."""
-    p, slope = p.clone(), H @ p + b                                                 # (n,) (n,)
+    Moves probability from the city with the smallest derivative to the one with the largest, as
+    much as pays off, until all cities in use have the same derivative and no other has a larger
+    one.
+    NOTE  Not by the logits of a softmax. Tried first, with L-BFGS: it drove cities that belong in
+    to nearly 0 on its way, where the logit's gradient vanishes too, and left them there. Here a
+    city can leave and come back."""
+    p, slope = p.clone(), H @ p + b                                         # (n,) (n,)
     for _ in range(100_000):  # some hundreds are usual
-        up, down = slope.argmax(), slope.where(p > 0, slope.new_tensor(math.inf)).argmin()
+        up = slope.argmax()
+        down = slope.where(p > 0, slope.new_tensor(math.inf)).argmin()
         if slope[up] - slope[down] < tolerance:
             return p
-        step = torch.minimum((slope[up] - slope[down]) / (2 * H[up, down] - H[up, up] - H[down, down]), p[down])
+        curvature = 2 * H[up, down] - H[up, up] - H[down, down]
+        step = torch.minimum((slope[up] - slope[down]) / curvature, p[down])
         p[up] += step
         p[down] -= step  # an exact 0 if all of it goes
         slope += step * (H[:, up] - H[:, down])
@@ -85,30 +119,34 @@ def maximise_quadratic(H, b, p, tolerance=1e-9):
 
 
 def volume_table(L):
-    """log det(L + I) of every group of four, a row and a column per unordered pair of cities.    (n, n) -> (m, m), m = n(n+1)/2
+    """log det(L + I) of every group of four: (n, n) -> (m, m), m = n(n+1)/2, a row and a column
+    per unordered pair of cities.
 
-    det of (a, b, c, d) = det of (a, b) * det of (c, d) in the kernel S that is left of L once a and b are given (Schur)."""
+    det of (a, b, c, d) = det of (a, b) * det of (c, d) in the kernel S that is left of L once a
+    and b are given (Schur)."""
     n = len(L)
-    first, second = torch.triu_indices(n, n)                                        # (m,) (m,) (0,0) (0,1) .. (1,1) (1,2) ..
+    first, second = torch.triu_indices(n, n)            # (m,) (m,) (0,0) (0,1) .. (1,1) (1,2) ..
     rows = []
-    for a in range(n):
-        A = torch.stack([L[a, a].expand(n - a), L[a, a:], L[a, a:], L.diagonal()[a:]], 1).view(-1, 2, 2)  # (n-a, 2, 2)
-        A = A + torch.eye(2).to(L)  # a and each b from a on
-        X = torch.stack([L[a].expand(n - a, n), L[a:]], 1)                          # (n-a, 2, n)
-        S = L - X.mT @ torch.linalg.solve(A, X)                                     # (n-a, n, n)
-        one = 1 + S.diagonal(dim1=1, dim2=2)                                        # (n-a, n)
-        two = one[:, first] * one[:, second] - S[:, first, second] ** 2             # (n-a, m)
+    for a in range(n):  # and with it each b from a on: n-a pairs
+        A = torch.stack([L[a, a].expand(n - a), L[a, a:], L[a, a:], L.diagonal()[a:]], 1)
+        A = A.view(-1, 2, 2) + torch.eye(2).to(L)                           # (n-a, 2, 2)
+        X = torch.stack([L[a].expand(n - a, n), L[a:]], 1)                  # (n-a, 2, n)
+        S = L - X.mT @ torch.linalg.solve(A, X)                             # (n-a, n, n)
+        one = 1 + S.diagonal(dim1=1, dim2=2)                                # (n-a, n)
+        two = one[:, first] * one[:, second] - S[:, first, second] ** 2     # (n-a, m)
         rows.append(two.log() + torch.logdet(A)[:, None])
-    return torch.cat(rows)                                                          # (m, m)
+    return torch.cat(rows)                                                  # (m, m)
 
 
 def expected_log_det(table, p):
-    """E log det(L + I) of four draws from p, and the same given the first two of them: scalar, (n, n).
+    """E log det(L + I) of four draws from p, and given the first two of them: scalar, (n, n).
 
-    The (n, n) matrix V holds all that an optimiser needs: value p'Vp, gradient 4 Vp, Hessian 12 V."""
+    The (n, n) matrix V holds all that an optimiser needs: value p'Vp, gradient 4 Vp, Hessian
+    12 V."""
     n = len(p)
     first, second = torch.triu_indices(n, n)
-    pair = p[first] * p[second] * (2 - (first == second).to(p))                     # (m,) the chance of each pair, in any order
+    orders = 2 - (first == second).to(p)                                    # (m,)
+    pair = p[first] * p[second] * orders  # (m,) the chance of each pair, in any order
     V = p.new_empty(n, n)
     V[first, second] = V[second, first] = table @ pair
     return p @ V @ p, V
@@ -116,11 +154,13 @@ def expected_log_det(table, p):
 
 def most_distant(L):
     """The p that maximises 1 - p'Lp."""
-    return maximise_quadratic(-2 * L, torch.zeros_like(L[0]), torch.full_like(L[0], 1 / len(L)))
+    uniform = torch.full_like(L[0], 1 / len(L))
+    return maximise_quadratic(-2 * L, torch.zeros_like(L[0]), uniform)
 
 
 def most_volume(table, p, tolerance=1e-8):
-    """Newton's method on the simplex: maximise the quadratic model at p, move there, repeat. Three or four steps."""
+    """Newton's method on the simplex: maximise the quadratic model at p, move there, repeat. Three
+    or four steps."""
     for _ in range(50):
         V = expected_log_det(table, p)[1]
         if gap(4 * V @ p, p) < tolerance:
@@ -134,91 +174,181 @@ def gap(slope, p):
     return (slope.max() - slope @ p).item()
 
 
+# --------------------------------------------------------------------------- what they are like
+def spectrum_of(L, p):
+    """(n,) the eigenvalues of Sigma, sum 1, and zeros."""
+    return torch.linalg.eigvalsh(p.sqrt()[:, None] * L * p.sqrt())
+
+
 def log_expected_det(L, p, k=4):
-    """log E det(L + I) of k draws by the D-optimality identity. e_j: the coefficients of prod_i (1 + eigenvalue_i x)."""
-    e = torch.eye(1, k + 1, dtype=p.dtype)[0]                                       # (k+1,) [1 0 0 ..]
-    for x in torch.linalg.eigvalsh(p.sqrt()[:, None] * L * p.sqrt()):  # Sigma's, and zeros
+    """log E det(L + I) of k draws by the D-optimality identity.
+
+    e_j: the coefficients of prod_i (1 + eigenvalue_i x)."""
+    e = torch.eye(1, k + 1, dtype=p.dtype)[0]                               # (k+1,) [1 0 0 ..]
+    for x in spectrum_of(L, p):
         e = e + x * torch.cat([e.new_zeros(1), e[:-1]])
-    return math.log(sum(math.comb(k, j) * math.factorial(j) * e[j].item() for j in range(k + 1)))
+    terms = [math.comb(k, j) * math.factorial(j) * e[j].item() for j in range(k + 1)]
+    return math.log(sum(terms))
+
+
+def effective(weights):
+    """The effective number of weights with sum 1: exp(entropy)."""
+    return torch.special.entr(weights.clamp(min=0)).sum().exp().item()
 
 
 def measure(L, table, p):
-    """What a policy is like: most of a row of the CSV. `vendi` is the Vendi score of infinitely many answers."""
-    spectrum = torch.linalg.eigvalsh(p.sqrt()[:, None] * L * p.sqrt())              # (n,) eigenvalues of Sigma, sum 1
-    effective = lambda x: torch.special.entr(x.clamp(min=0)).sum().exp().item()     # exp(entropy)
+    """Most of a row of the CSV. `vendi` is the Vendi score of infinitely many answers."""
     s2, s3, s4 = ((p ** m).sum().item() for m in (2, 3, 4))
-    return dict(cities_above_1_percent=int((p > 0.01).sum()), effective_cities=effective(p), vendi=effective(spectrum),
-                four_all_different=1 - 6 * s2 + 8 * s3 + 3 * s2 ** 2 - 6 * s4,      # 4! e_4(p)
-                distance=1 - (p @ L @ p).item(), log_det=expected_log_det(table, p)[0].item(), log_expected_det=log_expected_det(L, p))
+    return dict(
+        cities_above_1_percent=int((p > 0.01).sum()),
+        effective_cities=effective(p),
+        vendi=effective(spectrum_of(L, p)),
+        four_all_different=1 - 6 * s2 + 8 * s3 + 3 * s2 ** 2 - 6 * s4,      # 4! e_4(p)
+        distance=1 - (p @ L @ p).item(),
+        log_det=expected_log_det(table, p)[0].item(),
+        log_expected_det=log_expected_det(L, p),
+    )
+
+
+# ---------------------------------------------------------------------------------- the picture
+COLORS = dict(zip(CITIES, ("#1f5fa8", "#c45a00", "#1f7a1f", "#b3202a", "#6b3fa0", "#6b5b4b")))
+DISC = 5000  # area of a disc of probability 1, in points squared
+SIDES = [  # where a label can stand, seen from its disc, and its alignment; the first free one
+    (1, 0, "left", "center"), (-1, 0, "right", "center"),
+    (0, 1, "center", "bottom"), (0, -1, "center", "top"),
+    (.7, .7, "left", "bottom"), (-.7, .7, "right", "bottom"),
+    (.7, -.7, "left", "top"), (-.7, -.7, "right", "top"),
+]
+
+
+def in_the_plane(phi):
+    """(n, 2), the first two principal components, and their share of the variance."""
+    centred = phi - phi.mean(0)                                             # (n, D)
+    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]            # (2, D)
+    axes = axes * axes.sum(1, keepdim=True).sign()  # an SVD leaves the signs open
+    plane = centred @ axes.T                                                # (n, 2)
+    return plane, (plane ** 2).sum() / (centred ** 2).sum()
+
+
+def draw_discs(ax, plane, p, title):
+    colors = [COLORS[continent] for _, _, continent in PLACES]
+    ax.scatter(*plane.T, s=3, c=colors, alpha=0.6)
+    ax.scatter(*plane.T, s=DISC * p, c=colors, alpha=0.5, lw=0)
+    ax.set_title(title, fontsize=11)
+    ax.set(xticks=[], yticks=[])
+    ax.margins(0.08)
+
+
+def label_discs(ax, plane, p):
+    """The names of the cities above 2 %, where they hide no disc and no other name."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+    # labels stay legible on the dots of cities that are hardly used
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    center = ax.transData.transform(plane)                                  # (n, 2) pixels
+    radius = (DISC * p / math.pi).sqrt().tolist()                           # points
+    taken = []
+    for (x, y), r, share in zip(center, radius, p):
+        if share > 0.005:
+            r = 0.75 * r * ax.figure.dpi / 72  # of a square of nearly the disc's area
+            taken.append(Bbox.from_extents(x - r, y - r, x + r, y + r))
+    for i in p.argsort(descending=True).tolist():
+        if p[i] <= 0.02:
+            break
+        city, _, continent = PLACES[i]
+        away = radius[i] + 2
+        for dx, dy, ha, va in SIDES:
+            text = ax.annotate(
+                city, plane[i], (dx * away, dy * away), textcoords="offset points", fontsize=9,
+                color=COLORS[continent], ha=ha, va=va, path_effects=halo)
+            box = text.get_window_extent()
+            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def plot(phi, policies, path):
-    """The cities in the plane of their first two principal components, the probability of each as the area of a disc."""
+    """The cities in the plane of their first two principal components, the probability of each as
+    the area of a disc. policies: {title: p}"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patheffects import withStroke
-    halo = [withStroke(linewidth=2.5, foreground="white")]  # labels stay legible on the dots of cities that are hardly used
-    centred = phi - phi.mean(0)                                                     # (n, D)
-    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]                    # (2, D)
-    plane = centred @ (axes * axes.sum(1, keepdim=True).sign()).T  # (n, 2), with signs that an SVD leaves open
-    share = (plane ** 2).sum() / (centred ** 2).sum()
-    color = dict(zip(CITIES, ("#1f5fa8", "#c45a00", "#1f7a1f", "#b3202a", "#6b3fa0", "#6b5b4b")))
+    plane, share = in_the_plane(phi)
     fig, panels = plt.subplots(1, 2, figsize=(10, 5.3), sharex=True, sharey=True)
     fig.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.1, wspace=0.02)
     for ax, (title, p) in zip(panels, policies.items()):
-        ax.scatter(*plane.T, s=3, c=[color[place[2]] for place in PLACES], alpha=0.6)
-        ax.scatter(*plane.T, s=5000 * p, c=[color[place[2]] for place in PLACES], alpha=0.5, lw=0)
-        ax.set_title(title, fontsize=11)
-        ax.set(xticks=[], yticks=[])
-        ax.margins(0.08)
-    handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=name) for name, c in color.items()]
-    fig.legend(handles=handles, loc="lower center", ncols=6, frameon=False, handletextpad=0.1, columnspacing=1.2, bbox_to_anchor=(0.5, 0.03))
-    note = f"disc area = probability; position = first two principal components of the embeddings ({100 * share:.0f} % of their variance)"
+        draw_discs(ax, plane, p, title)
+    handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=continent)
+               for continent, color in COLORS.items()]
+    fig.legend(handles=handles, loc="lower center", ncols=6, frameon=False, handletextpad=0.1,
+               columnspacing=1.2, bbox_to_anchor=(0.5, 0.03))
+    note = ("disc area = probability; position = first two principal components of the embeddings "
+            f"({100 * share:.0f} % of their variance)")
     fig.text(0.5, 0.015, note, ha="center", fontsize=9, color="0.35")
-    fig.canvas.draw()
+    fig.canvas.draw()  # places are known only now
     for ax, p in zip(panels, policies.values()):
-        at, radius = ax.transData.transform(plane), (5000 * p / math.pi).sqrt().tolist()  # pixels, points
-        discs = [(*xy, 0.75 * r * fig.dpi / 72) for xy, r, x in zip(at, radius, p) if x > 0.005]  # as squares of nearly their area
-        taken = [matplotlib.transforms.Bbox.from_extents(x - r, y - r, x + r, y + r) for x, y, r in discs]
-        for i in (i for i in p.argsort(descending=True).tolist() if p[i] > 0.02):
-            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (.7, .7), (-.7, .7), (.7, -.7), (-.7, -.7)):  # the first place that is free
-                text = ax.annotate(PLACES[i][0], plane[i], (dx * (radius[i] + 2), dy * (radius[i] + 2)), textcoords="offset points", fontsize=9,
-                                   color=color[PLACES[i][2]], ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                                   va="bottom" if dy > 0 else "top" if dy < 0 else "center", path_effects=halo)
-                box = text.get_window_extent()
-                if ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not any(box.overlaps(other) for other in taken):
-                    taken.append(box)
-                    break
-                text.remove()
+        label_discs(ax, plane, p)
     fig.savefig(path, dpi=170)
 
 
-def main():
-    torch.set_num_threads(1)  # the same digits on any number of cores, and no slower: most tensors are small
-    encoder, rows = load_encoder(device="cpu"), []
-    print("cities > 1 %  effective  Vendi  P(4 differ)  distance  log det   policy")
-    for template in TEMPLATES:
-        phi = embed(encoder, [template.format(city=city, country=country) for city, country, _ in PLACES]).double()  # (n, D)
-        L = phi @ phi.T                                                             # (n, n)
-        table, uniform = volume_table(L), torch.full_like(L[0], 1 / len(L))
-        distant, squared, volume = most_distant(L), most_distant(L ** 2), most_volume(table, uniform)
-        slopes = {"pairwise": -2 * L @ distant, "squared": -2 * L ** 2 @ squared, "volume": 4 * expected_log_det(table, volume)[1] @ volume}
-        for name, p in (("uniform", uniform), ("pairwise", distant), ("squared", squared), ("volume", volume)):
-            r = dict(template=template, objective=name, **measure(L, table, p), gap_at_most="", top="")
-            if name in slopes:  # not for the uniform policy, which maximises nothing and has no largest city
-                r["gap_at_most"] = f"{gap(slopes[name], p):.0e}"
-                r["top"] = "; ".join(f"{PLACES[i][0]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:10])
-            rows.append(r)
-            print("{cities_above_1_percent:12d} {effective_cities:10.1f} {vendi:6.1f} {four_all_different:12.2f} {distance:9.3f} {log_det:8.3f}   "
-                  "{objective}, {template}".format(**r))
-    title = "{}\n{cities_above_1_percent} cities above 1 %, effective number {effective_cities:.1f}"
-    names = "the largest pairwise distance", "the largest volume, log det(L + I)"
-    plot(phi, {title.format(name, **r): p for name, r, p in zip(names, (rows[-3], rows[-1]), (distant, volume))}, HERE / "cities.png")
+# ----------------------------------------------------------------------------------------- rows
+def optimise(L, table):
+    """{objective: (best policy, derivatives of the objective there)}"""
+    uniform = torch.full_like(L[0], 1 / len(L))
+    distant, squared = most_distant(L), most_distant(L ** 2)
+    volume = most_volume(table, uniform)
+    return {
+        "uniform": (uniform, None),  # it maximises nothing and has no largest city
+        "pairwise": (distant, -2 * L @ distant),
+        "squared": (squared, -2 * L ** 2 @ squared),
+        "volume": (volume, 4 * expected_log_det(table, volume)[1] @ volume),
+    }
+
+
+def csv_row(template, objective, measured, p, slope):
+    row = dict(template=template, objective=objective, **measured, gap_at_most="", top="")
+    if slope is not None:
+        largest = p.argsort(descending=True)[:10]
+        row["gap_at_most"] = f"{gap(slope, p):.0e}"
+        row["top"] = "; ".join(f"{PLACES[i][0]} {100 * p[i]:.1f} %" for i in largest)
+    return row
+
+
+def write(rows):
     with open(HERE / "cities.csv", "w", newline="") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
-        out.writerows({key: f"{v:.4f}" if isinstance(v, float) else v for key, v in r.items()} for r in rows)
+        for row in rows:
+            out.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def main():
+    torch.set_num_threads(1)  # the same digits on any number of cores, and no slower
+    encoder, rows = load_encoder(device="cpu"), []
+    print("cities > 1 %  effective  Vendi  P(4 differ)  distance  log det   policy")
+    for template in TEMPLATES:
+        texts = [template.format(city=city, country=country) for city, country, _ in PLACES]
+        phi = embed(encoder, texts).double()                                # (n, D)
+        L = phi @ phi.T                                                     # (n, n)
+        table = volume_table(L)
+        best = optimise(L, table)
+        for objective, (p, slope) in best.items():
+            row = csv_row(template, objective, measure(L, table, p), p, slope)
+            rows.append(row)
+            print("{cities_above_1_percent:12d} {effective_cities:10.1f} {vendi:6.1f} "
+                  "{four_all_different:12.2f} {distance:9.3f} {log_det:8.3f}   "
+                  "{objective}, {template}".format(**row))
+    _, pairwise, _, volume = rows[-4:]  # those of the last template
+    title = ("{}\n{cities_above_1_percent} cities above 1 %, "
+             "effective number {effective_cities:.1f}")
+    policies = {
+        title.format("the largest pairwise distance", **pairwise): best["pairwise"][0],
+        title.format("the largest volume, log det(L + I)", **volume): best["volume"][0],
+    }
+    plot(phi, policies, HERE / "cities.png")
+    write(rows)
 
 
 if __name__ == "__main__":

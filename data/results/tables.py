@@ -1,9 +1,9 @@
-"""From the runs of make.sh to the CSVs beside this file, and from these to the README's tables and pictures.
+"""From the runs of make.sh to the CSVs beside this file, and from these to tables and pictures.
 
     python data/results/tables.py              # both
-    python data/results/tables.py --show       # the tables and pictures from the CSVs that are there
-    python data/results/tables.py --tried      # the strengths of each objective that are tried at seed 0
-    python data/results/tables.py --chosen     # the one of each that seed 0 chooses on the training prompts
+    python data/results/tables.py --show       # tables and pictures from the CSVs that are there
+    python data/results/tables.py --tried      # the strengths of each objective tried at seed 0
+    python data/results/tables.py --chosen     # the one of each that seed 0 chooses, see `chosen`
 """
 
 import csv
@@ -14,52 +14,88 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-import eval as evaluation  # noqa: E402
-from data.tasks import load_reward, load_rows  # noqa: E402
+from data.metrics import average
+from data.prompts import load_rows
+from data.scoring import load_reward
 
 RUNS, SEEDS = Path("runs/compare"), (0, 1, 2)
-STRENGTHS = dict(dqo=(0.5, 1, 2), pairwise=(0.5, 1, 2), likelihood=(0.25, 0.5, 1), entropy=(0.01, 0.03, 0.1), darling=(0.7, 0.8, 0.9), dra=(0.5, 1, 2))
-ABLATIONS = {"dqo, alpha = 1": "dqo-1", "alpha = 0 (grpo)": "grpo", "alpha = 0.5": "dqo-0.5", "alpha = 2": "dqo-2", "k = 4, 16 prompts": "k4",
-             "baseline none": "baseline_none", "baseline std": "baseline_std", "kernel quality": "kernel_quality",
-             "encoder: base model's states": "encoder_base"}
-HACKS = dict(lax=("grpo", "dqo", "kernel", "beta", "strict"), large=("dqo", "kernel", "beta"))
-HACK_NAMES = {"lax-grpo": "lax reward, grpo", "lax-dqo": "lax reward, dqo", "lax-kernel": "lax reward, quality kernel", "lax-beta": "lax reward, β = 0.1",
-              "lax-strict": "strict reward, dqo", "large-dqo": "strict reward, α = 5", "large-kernel": "the same, quality kernel", "large-beta": "the same, β = 0.1"}
+STRENGTHS = dict(
+    dqo=(0.5, 1, 2),
+    pairwise=(0.5, 1, 2),
+    likelihood=(0.25, 0.5, 1),
+    entropy=(0.01, 0.03, 0.1),
+    darling=(0.7, 0.8, 0.9),
+    dra=(0.5, 1, 2),
+)
+ABLATIONS = {  # setting: name of its runs, without the seed
+    "dqo, alpha = 1": "dqo-1",
+    "alpha = 0 (grpo)": "grpo",
+    "alpha = 0.5": "dqo-0.5",
+    "alpha = 2": "dqo-2",
+    "k = 4, 16 prompts": "k4",
+    "baseline none": "baseline_none",
+    "baseline std": "baseline_std",
+    "kernel quality": "kernel_quality",
+    "encoder: base model's states": "encoder_base",
+}
+HACKS = {  # name of a run: what it is
+    "lax-grpo": "lax reward, grpo",
+    "lax-dqo": "lax reward, dqo",
+    "lax-kernel": "lax reward, quality kernel",
+    "lax-beta": "lax reward, β = 0.1",
+    "lax-strict": "strict reward, dqo",
+    "large-dqo": "strict reward, α = 5",
+    "large-kernel": "the same, quality kernel",
+    "large-beta": "the same, β = 0.1",
+}
 # column of a CSV: where it stands in a result of eval.py
-COLUMNS = {"quality": "quality", **{f"pass_at_{n}": ("pass_at", str(n)) for n in (1, 2, 4, 8, 16)},
-           **{c: c for c in ("distinct_correct", "effective_diversity", "distinct_1", "distinct_4", "self_bleu_diversity", "self_rouge_diversity",
-                             "correct_distinct_4", "correct_self_bleu_diversity", "cosine_distance", "vendi", "log_det")},
-           **{f"second_{c}": ("second", c) for c in ("effective_diversity", "cosine_distance", "vendi", "log_det")}, "mean_tokens": "mean_tokens"}
+COLUMNS = {"quality": ("quality",)}
+for n in (1, 2, 4, 8, 16):
+    COLUMNS[f"pass_at_{n}"] = ("pass_at", str(n))
+for column in ("distinct_correct", "effective_diversity", "distinct_1", "distinct_4",
+               "self_bleu_diversity", "self_rouge_diversity", "correct_distinct_4",
+               "correct_self_bleu_diversity", "cosine_distance", "vendi", "log_det"):
+    COLUMNS[column] = (column,)
+for column in ("effective_diversity", "cosine_distance", "vendi", "log_det"):
+    COLUMNS[f"second_{column}"] = ("second", column)
+COLUMNS["mean_tokens"] = ("mean_tokens",)
 
 
+# ------------------------------------------------------------------------------ from the runs
 def tasks_of(path, split="test"):
     """{task: result} of a file of measure.py, with the average over the tasks."""
     results = json.loads(path.read_text())[split]
-    return {r["task"]: r for r in results + [evaluation.average(results)]}
+    return {result["task"]: result for result in results + [average(results)]}
 
 
 def of_run(name, split="test"):
     return tasks_of(RUNS / name / "measured.json", split)
 
 
-def value(result, column):
-    at = COLUMNS[column]
-    return result[at[0]][at[1]] if isinstance(at, tuple) else result[at]
-
-
-def mean_std(x, digits):
-    return f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
+def all_columns(result):
+    """The cells of a CSV's row for one task."""
+    cells = []
+    for keys in COLUMNS.values():
+        value = result
+        for key in keys:
+            value = value[key]
+        cells.append(f"{value:.4f}")
+    return cells
 
 
 def chosen():
-    """{objective: strength}: the most distinct correct answers to the training prompts at seed 0, among the strengths whose
-    quality is at most 0.03 below grpo's; if there is none, the best quality."""
+    """{objective: strength}: the most distinct correct answers to the training prompts at seed 0,
+    among the strengths whose quality is at most 0.03 below grpo's; if there is none, the best
+    quality."""
     floor = of_run("grpo-s0", "train")["average"]["quality"] - 0.03
     best = {}
     for objective, strengths in STRENGTHS.items():
-        on_train = {a: of_run(f"{objective}-{a}-s0", "train")["average"] for a in strengths}
-        good = [a for a in strengths if on_train[a]["quality"] >= floor]
-        best[objective] = max(good, key=lambda a: on_train[a]["distinct_correct"]) if good else max(strengths, key=lambda a: on_train[a]["quality"])
+        quality, distinct = {}, {}
+        for alpha in strengths:
+            on_train = of_run(f"{objective}-{alpha}-s0", "train")["average"]
+            quality[alpha], distinct[alpha] = on_train["quality"], on_train["distinct_correct"]
+        good = [alpha for alpha in strengths if quality[alpha] >= floor]
+        best[objective] = max(good, key=distinct.get) if good else max(strengths, key=quality.get)
     return best
 
 
@@ -70,62 +106,112 @@ def write(name, header, rows):
         out.writerows(rows)
 
 
+def write_strengths(best):
+    columns, rows = ("quality", "distinct_correct", "effective_diversity"), []
+    for objective, strengths in STRENGTHS.items():
+        for alpha in strengths:
+            is_chosen = "yes" if best[objective] == alpha else ""
+            for split in ("train", "test"):
+                mean = of_run(f"{objective}-{alpha}-s0", split)["average"]
+                numbers = [f"{mean[column]:.4f}" for column in columns]
+                rows.append([objective, alpha, split, *numbers, is_chosen])
+    write("strengths.csv", ["objective", "alpha", "split", *columns, "chosen"], rows)
+
+
+def write_comparison(best):
+    names = {("grpo", ""): "grpo", ("grpo_std", ""): "grpo_std"}  # of runs, without the seed
+    for objective, alpha in [*best.items(), *(("dqo", alpha) for alpha in STRENGTHS["dqo"])]:
+        names[objective, alpha] = f"{objective}-{alpha}"
+    runs = {("base", "", ""): tasks_of(RUNS / "base.json")}
+    for who, name in names.items():
+        for seed in SEEDS:
+            runs[(*who, seed)] = of_run(f"{name}-s{seed}")
+    rows = []
+    for key, tasks in runs.items():
+        rows += [[*key, task, *all_columns(result)] for task, result in tasks.items()]
+    write("comparison.csv", ["objective", "alpha", "seed", "task", *COLUMNS], rows)
+
+
+def write_ablations():
+    rows = []
+    for setting, name in ABLATIONS.items():
+        for seed in SEEDS:
+            if (RUNS / f"{name}-s{seed}" / "measured.json").exists():
+                tasks = of_run(f"{name}-s{seed}")
+                rows += [[setting, seed, task, *all_columns(r)] for task, r in tasks.items()]
+    write("ablations.csv", ["setting", "seed", "task", *COLUMNS], rows)
+
+
 def history(name):
-    return [json.loads(x) for x in (RUNS / name / "metrics.jsonl").open()]
+    return [json.loads(line) for line in (RUNS / name / "metrics.jsonl").open()]
 
 
 def over_20_steps(rows):
     """[(step, numbers...)] -> the same, averaged over 20 steps each."""
-    return [[rows[i + 19][0], *(f"{statistics.mean(x):.4f}" for x in list(zip(*rows[i:i + 20]))[1:])] for i in range(0, len(rows), 20)]
+    averaged = []
+    for i in range(0, len(rows), 20):
+        _, *columns = zip(*rows[i:i + 20])
+        last_step = rows[i + 19][0]
+        averaged.append([last_step, *(f"{statistics.mean(x):.4f}" for x in columns)])
+    return averaged
 
 
-def rewarded_and_right(name, strict, row_of):
-    """Per step of a run: (step, mean reward, share that is entirely right, tokens, share of different texts in a group)."""
-    steps = {}
+def write_training():
+    columns, rows = ("quality", "distinct", "entropy"), []
+    for objective, name in (("grpo", "grpo"), ("dqo", "dqo-1")):
+        for seed in SEEDS:
+            steps = []
+            for m in history(f"{name}-s{seed}"):
+                steps.append((m["step"], *(m[column] for column in columns)))
+            rows += [[objective, seed, *numbers] for numbers in over_20_steps(steps)]
+    write("training.csv", ["objective", "seed", "step", *columns], rows)
+
+
+def rewarded_and_right(name, strict, record_of):
+    """Per step of a run: (step, mean reward, share that is entirely right, tokens, share of
+    different texts in a group)."""
+    samples_of, steps = {}, []
     for line in (RUNS / name / "samples.jsonl").open():
         sample = json.loads(line)
-        steps.setdefault(sample["step"], []).append(sample)
-    for m, samples in zip(history(name), steps.values()):
-        right = strict(*([s[x] for s in samples] for x in ("prompt", "response")), [row_of[s["prompt"]] for s in samples])
-        yield m["step"], m["quality"], statistics.mean(right), m["length"], m["distinct"]
+        samples_of.setdefault(sample["step"], []).append(sample)
+    for m, samples in zip(history(name), samples_of.values()):
+        prompts = [sample["prompt"] for sample in samples]
+        responses = [sample["response"] for sample in samples]
+        right = strict(prompts, responses, [record_of[prompt] for prompt in prompts])
+        mean = statistics.mean(right)
+        steps.append((m["step"], m["quality"], mean, m["length"], m["distinct"]))
+    return steps
+
+
+def write_hacking():
+    data = "instruct,reason"
+    strict = load_reward(None, data)
+    record_of = {record["prompt"]: record for record in load_rows(data, "train")}
+    rows = []
+    for name in HACKS:
+        steps = over_20_steps(rewarded_and_right(name, strict, record_of))
+        rows += [[name, *numbers] for numbers in steps]
+    write("hacking.csv", ["run", "step", "reward", "entirely_right", "tokens", "distinct"], rows)
 
 
 def gather():
     """The CSVs, from the runs."""
     best = chosen()
-    rows = [[objective, a, split, *(f"{r[c]:.4f}" for c in ("quality", "distinct_correct", "effective_diversity")), "yes" * (best[objective] == a)]
-            for objective, tried in STRENGTHS.items() for a in tried for split in ("train", "test")
-            for r in [of_run(f"{objective}-{a}-s0", split)["average"]]]
-    write("strengths.csv", ["objective", "alpha", "split", "quality", "distinct_correct", "effective_diversity", "chosen"], rows)
-
-    runs = {("base", "", ""): tasks_of(RUNS / "base.json")}
-    names = {("grpo", ""): "grpo", ("grpo_std", ""): "grpo_std", **{(o, a): f"{o}-{a}" for o, a in best.items()}, **{("dqo", a): f"dqo-{a}" for a in STRENGTHS["dqo"]}}
-    runs |= {(o, a, s): of_run(f"{name}-s{s}") for (o, a), name in names.items() for s in SEEDS}
-    write("comparison.csv", ["objective", "alpha", "seed", "task", *COLUMNS],
-          [[*key, task, *(f"{value(r, c):.4f}" for c in COLUMNS)] for key, tasks in runs.items() for task, r in tasks.items()])
-
-    write("ablations.csv", ["setting", "seed", "task", *COLUMNS],
-          [[setting, s, task, *(f"{value(r, c):.4f}" for c in COLUMNS)] for setting, name in ABLATIONS.items() for s in SEEDS
-           if (RUNS / f"{name}-s{s}" / "measured.json").exists() for task, r in of_run(f"{name}-s{s}").items()])
-
-    write("training.csv", ["objective", "seed", "step", "quality", "distinct", "entropy"],
-          [[o, s, *row] for o, name in (("grpo", "grpo"), ("dqo", "dqo-1")) for s in SEEDS
-           for row in over_20_steps([(m["step"], m["quality"], m["distinct"], m["entropy"]) for m in history(f"{name}-s{s}")])])
-
-    data = "instruct,reason"
-    strict, row_of = load_reward(None, data), {r["prompt"]: r for r in load_rows(data, "train")}
-    write("hacking.csv", ["run", "step", "reward", "entirely_right", "tokens", "distinct"],
-          [[f"{setting}-{run}", *row] for setting, runs_ in HACKS.items() for run in runs_
-           for row in over_20_steps(list(rewarded_and_right(f"{setting}-{run}", strict, row_of)))])
+    write_strengths(best)
+    write_comparison(best)
+    write_ablations()
+    write_training()
+    write_hacking()
 
 
-# ------------------------------------------------------------------------------------------ the README's tables
+# --------------------------------------------------------------------------------- the tables
 def read(name):
     return list(csv.DictReader((HERE / name).open()))
 
 
 def markdown(header, rows):
-    print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    print("\n" + "\n".join(lines))
 
 
 def pick(rows, column, **which):
@@ -133,77 +219,199 @@ def pick(rows, column, **which):
     return [float(r[column]) for r in rows if all(r[k] == v for k, v in which.items())]
 
 
+def of(rows, who, column, task="average"):
+    """The same for one (objective, strength) of the comparison."""
+    objective, alpha = who
+    return pick(rows, column, objective=objective, alpha=alpha, task=task)
+
+
+def mean_of(rows, who, column, task="average"):
+    return statistics.mean(of(rows, who, column, task))
+
+
+def mean_std(numbers, digits):
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ± {statistics.stdev(numbers):.{digits}f}"
+    return text
+
+
+def rounded(row, digits):
+    """The cells of some columns of a CSV. digits: {column: how many}"""
+    return [f"{float(row[column]):.{d}f}" for column, d in digits.items()]
+
+
+BASE, GRPO = ("base", ""), ("grpo", "")
+DQO = [("dqo", str(alpha)) for alpha in STRENGTHS["dqo"]]
+
+
 def everybody():
-    """[(objective, strength)] of the comparison, in order: those chosen, and dqo at all three strengths."""
-    return [("grpo", ""), ("grpo_std", ""), *((r["objective"], r["alpha"]) for r in read("strengths.csv")
-                                              if r["split"] == "train" and (r["chosen"] or r["objective"] == "dqo"))]
+    """[(objective, strength)] of the comparison, in order: those chosen, and dqo at all three
+    strengths."""
+    found = [GRPO, ("grpo_std", "")]
+    for row in read("strengths.csv"):
+        if row["split"] == "train" and (row["chosen"] or row["objective"] == "dqo"):
+            found.append((row["objective"], row["alpha"]))
+    return found
 
 
-def label(objective, alpha):
-    return {"grpo_std": "grpo, `--baseline std`"}.get(objective, objective) + (f", α = {alpha}" if alpha else "")
+def label(who):
+    objective, alpha = who
+    name = {"grpo_std": "grpo, `--baseline std`"}.get(objective, objective)
+    return f"{name}, α = {alpha}" if alpha else name
 
 
 def show_comparison():
     rows = read("comparison.csv")
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    cell = lambda o, a, task, column, digits: mean_std(pick(rows, column, objective=o, alpha=a, task=task), digits)
-    columns = dict(quality=2, pass_at_2=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, correct_self_bleu_diversity=2, log_det=2)
-    markdown(["mean over the tasks", "quality", "pass@2", "distinct correct of 16", "effective diversity", "the same, second encoder",
-              "1 - self-BLEU, correct only", "log det"],
-             [[label(o, a), *(cell(o, a, "average", c, digits) for c, digits in columns.items())] for o, a in [("base", ""), *everybody()]])
-    markdown(["quality; distinct correct", *tasks[:-1]],
-             [[label(o, a), *(f"{cell(o, a, t, 'quality', 2)}; {cell(o, a, t, 'distinct_correct', 1)}" for t in tasks[:-1])] for o, a in [("base", ""), *everybody()]])
-
-    # dqo at those strengths whose mean quality is within 0.02 of the other's, against it, task by task; if there is none, the closest
+    columns = {  # column: its name in the table, digits
+        "quality": ("quality", 2),
+        "pass_at_2": ("pass@2", 2),
+        "distinct_correct": ("distinct correct of 16", 1),
+        "effective_diversity": ("effective diversity", 2),
+        "second_effective_diversity": ("the same, second encoder", 2),
+        "correct_self_bleu_diversity": ("1 - self-BLEU, correct only", 2),
+        "log_det": ("log det", 2),
+    }
     table = []
-    for other, alpha in everybody():
-        if other == "dqo":
-            continue
-        table.append([label(other, alpha)])
+    for who in [BASE, *everybody()]:
+        cells = [mean_std(of(rows, who, c), digits) for c, (_, digits) in columns.items()]
+        table.append([label(who), *cells])
+    markdown(["mean over the tasks", *(name for name, _ in columns.values())], table)
+
+
+def show_tasks():
+    rows = read("comparison.csv")
+    tasks = [task for task in dict.fromkeys(r["task"] for r in rows) if task != "average"]
+    table = []
+    for who in [BASE, *everybody()]:
+        cells = [label(who)]
         for task in tasks:
-            mean = lambda o, a, column: statistics.mean(pick(rows, column, objective=o, alpha=a, task=task))
-            found = sorted((abs(gap), gap, mean("dqo", a, "distinct_correct") / mean(other, alpha, "distinct_correct"))
-                           for a in map(str, STRENGTHS["dqo"]) for gap in [mean("dqo", a, "quality") - mean(other, alpha, "quality")])
-            ratios = sorted(f"{ratio:.2f}" for size, _, ratio in found if size <= 0.02)
-            table[-1].append(" to ".join(dict.fromkeys((ratios[0], ratios[-1]))) if ratios else f"({found[0][2]:.2f}, quality {found[0][1]:+.2f})")
+            quality = mean_std(of(rows, who, "quality", task), 2)
+            cells.append(f"{quality}; {mean_std(of(rows, who, 'distinct_correct', task), 1)}")
+        table.append(cells)
+    markdown(["quality; distinct correct", *tasks], table)
+
+
+def dqo_against(rows, other, task):
+    """How many times the other's distinct correct answers dqo has, at those strengths whose mean
+    quality is within 0.02 of the other's; if there is none, at the closest."""
+    quality = mean_of(rows, other, "quality", task)
+    distinct = mean_of(rows, other, "distinct_correct", task)
+    found = []  # (|difference in quality|, difference, ratio) of each strength
+    for who in DQO:
+        gap = mean_of(rows, who, "quality", task) - quality
+        found.append((abs(gap), gap, mean_of(rows, who, "distinct_correct", task) / distinct))
+    close = sorted(f"{ratio:.2f}" for size, _, ratio in found if size <= 0.02)
+    if not close:
+        _, gap, ratio = min(found)
+        return f"({ratio:.2f}, quality {gap:+.2f})"
+    lowest, highest = close[0], close[-1]
+    return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
+def show_ratios():
+    rows = read("comparison.csv")
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    table = []
+    for other in everybody():
+        if other[0] != "dqo":
+            cells = [dqo_against(rows, other, task) for task in tasks]
+            table.append([label(other), *cells])
     markdown(["distinct correct, dqo / other", *tasks], table)
 
 
 def show_ablations():
     rows, table = read("ablations.csv"), []
-    columns = dict(quality=2, distinct_correct=1, effective_diversity=2, second_effective_diversity=2, log_det=2, second_log_det=2)
+    columns = dict(quality=2, distinct_correct=1, effective_diversity=2,
+                   second_effective_diversity=2, log_det=2, second_log_det=2)
     for setting in dict.fromkeys(r["setting"] for r in rows):
-        numbers = {c: pick(rows, c, setting=setting, task="average") for c in columns}
-        table.append([setting, *(mean_std(numbers[c], digits) for c, digits in columns.items()), str(len(numbers["quality"]))])
-    markdown(["mean over the tasks", "quality", "distinct correct", "effective diversity", "second encoder", "log det", "second encoder", "seeds"], table)
+        cells = []
+        for column, digits in columns.items():
+            numbers = pick(rows, column, setting=setting, task="average")
+            cells.append(mean_std(numbers, digits))
+        table.append([setting, *cells, str(len(numbers))])
+    markdown(["mean over the tasks", "quality", "distinct correct", "effective diversity",
+              "second encoder", "log det", "second encoder", "seeds"], table)
 
 
 def show_strengths():
+    digits = dict(quality=2, distinct_correct=1, effective_diversity=2)
+    table = [[r["objective"], r["alpha"], *rounded(r, digits), r["chosen"]]
+             for r in read("strengths.csv") if r["split"] == "train"]
     markdown(["objective", "α", "quality", "distinct correct", "effective diversity", "chosen"],
-             [[r["objective"], r["alpha"], *(f"{float(r[c]):.{d}f}" for c, d in (("quality", 2), ("distinct_correct", 1), ("effective_diversity", 2))), r["chosen"]]
-              for r in read("strengths.csv") if r["split"] == "train"])
+             table)
 
 
 def show_hacking():
+    digits = dict(reward=2, entirely_right=2, tokens=1, distinct=2)
     last = {r["run"]: r for r in read("hacking.csv")}  # of each run
+    table = [[HACKS[run], *rounded(r, digits)] for run, r in last.items()]
     markdown(["last 20 steps", "reward", "entirely right", "tokens", "different texts in a group"],
-             [[HACK_NAMES[run], *(f"{float(r[c]):.{d}f}" for c, d in (("reward", 2), ("entirely_right", 2), ("tokens", 1), ("distinct", 2)))] for run, r in last.items()])
+             table)
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
-COLORS = dict(base="#555555", grpo="#d62728", grpo_std="#ff9896", dqo="#1f77b4", pairwise="#2ca02c", likelihood="#8c564b", entropy="#e377c2", darling="#9467bd", dra="#ff7f0e")
+def show():
+    show_comparison()
+    show_tasks()
+    show_ratios()
+    show_ablations()
+    show_strengths()
+    show_hacking()
 
 
-def plain_axes(plt, panels, size):
-    fig, axes = plt.subplots(1, panels, figsize=size, squeeze=False)
-    for ax in axes[0]:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes[0]
+# ------------------------------------------------------------------------------- the pictures
+COLORS = dict(
+    base="#555555",
+    grpo="#d62728",
+    grpo_std="#ff9896",
+    dqo="#1f77b4",
+    pairwise="#2ca02c",
+    likelihood="#8c564b",
+    entropy="#e377c2",
+    darling="#9467bd",
+    dra="#ff7f0e",
+)
 
 
-def label_ends(ax, ends, x, gap, ha="left"):
-    """Names beside the ends of curves, pushed apart where they would overlap. ends: [(y, name, color)]"""
+def panels(count, size):
+    from matplotlib.figure import Figure  # unlike pyplot it needs no screen
+    figure = Figure(figsize=size)
+    all_axes = figure.subplots(1, count, squeeze=False)[0]
+    for axes in all_axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, all_axes
+
+
+def save(figure, name, dpi=150):
+    figure.tight_layout()
+    figure.savefig(HERE / name, dpi=dpi)
+
+
+def name_at(axes, point, text, color, offset, size=8):
+    """offset: in points"""
+    axes.annotate(text, point, color=color, weight="bold", fontsize=size, xytext=offset,
+                  textcoords="offset points")
+
+
+def cross(axes, rows, who, column):
+    """One of the comparison in a plane, with its standard deviation over seeds. Returns where."""
+    x, y = of(rows, who, column), of(rows, who, "quality")
+    at = statistics.mean(x), statistics.mean(y)
+    spread = [statistics.stdev(numbers) if len(numbers) > 1 else None for numbers in (x, y)]
+    axes.errorbar(*at, xerr=spread[0], yerr=spread[1], fmt="o", color=COLORS[who[0]], ms=6, lw=0.8)
+    return at
+
+
+def line(axes, rows, whos, column):
+    points = [(mean_of(rows, who, column), mean_of(rows, who, "quality")) for who in whos]
+    axes.plot(*zip(*points), "-", color=COLORS["dqo"], lw=1, alpha=0.5)
+
+
+def label_ends(axes, ends, x, gap, ha="left"):
+    """Names beside the ends of curves, pushed apart where they would overlap.
+
+    ends: [(y, name, color)]"""
     ends = sorted(ends)
     at = [y for y, _, _ in ends]
     for _ in range(200):
@@ -211,96 +419,146 @@ def label_ends(ax, ends, x, gap, ha="left"):
             lack = max(0.0, gap - (at[i + 1] - at[i]))
             at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
     for y, (_, name, color) in zip(at, ends):
-        ax.text(x, y, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
+        axes.text(x, y, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
+
+
+def draw_headline():
+    """headline.png: three things, before, after GRPO, and after DQO at three strengths."""
+    rows, column = read("comparison.csv"), "distinct_correct"
+    figure, (axes,) = panels(1, (5.6, 3.6))
+    line(axes, rows, DQO, column)
+    offsets = {BASE: (9, -4), GRPO: (-14, 10), **dict(zip(DQO, [(-28, 10), (-24, 10), (-20, -17)]))}
+    for who, offset in offsets.items():
+        objective, alpha = who
+        name = {"base": "base model", "grpo": "GRPO", "dqo": f"DQO, α = {alpha}"}[objective]
+        at = cross(axes, rows, who, column)
+        name_at(axes, at, name, COLORS[objective], offset, size=9)
+    axes.set(xlabel="distinct correct responses of 16", ylabel="quality")
+    axes.set(xlim=(3, 12), ylim=(0.5, 1))
+    save(figure, "headline.png", dpi=200)
+
+
+def draw_plane():
+    """plane.png: all objectives."""
+    rows = read("comparison.csv")
+    figure, both = panels(2, (11, 4.8))
+    columns = {"distinct_correct": "distinct correct responses of 16",
+               "effective_diversity": "effective semantic diversity"}
+    # of labels that would otherwise overlap others
+    offsets = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (6, -13)}
+    for axes, (column, name) in zip(both, columns.items()):
+        line(axes, rows, [GRPO, *DQO], column)
+        for who in everybody():
+            text = " ".join(who).strip().replace("grpo_std", "grpo, std")
+            at = cross(axes, rows, who, column)
+            name_at(axes, at, text, COLORS[who[0]], offsets.get(text, (6, 5)))
+        low, high = axes.get_xlim()
+        axes.set(xlabel=name, ylabel="quality", xlim=(low, high + 0.2 * (high - low)))
+    quality, distinct, effective = (mean_of(rows, BASE, c) for c in ("quality", *columns))
+    figure.suptitle(
+        "mean over four tasks, ± standard deviation over 3 seeds; line: dqo over α (base model: "
+        f"quality {quality:.2f}, {distinct:.1f} distinct correct, "
+        f"effective diversity {effective:.2f})", fontsize=9)
+    save(figure, "plane.png")
+
+
+def draw_pass():
+    """pass.png: pass@n of everybody."""
+    rows, sizes = read("comparison.csv"), (1, 2, 4, 8, 16)
+    others = [who for who in everybody() if who[0] != "dqo"]
+    figure, both = panels(2, (11, 4.2))
+    titles = {"average": "mean over the tasks", "reason": "reason"}
+    for axes, (task, title) in zip(both, titles.items()):
+        ends = []
+        for who in [BASE, *others, ("dqo", "1")]:
+            color = COLORS[who[0]]
+            ys = [mean_of(rows, who, f"pass_at_{n}", task) for n in sizes]
+            axes.plot(sizes, ys, "o-", color=color, ms=3, lw=1)
+            ends.append((ys[0], who[0].replace("_", ", "), color))
+        label_ends(axes, ends, 0.95, 0.026, ha="right")
+        axes.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.55, 18))
+        axes.set_xticks(sizes, sizes)
+        axes.minorticks_off()
+    save(figure, "pass.png")
+
+
+def height(axes):
+    low, high = axes.get_ylim()
+    return high - low
+
+
+def draw_training():
+    """training.png: grpo and dqo step by step, each seed."""
+    rows = read("training.csv")
+    figure, three = panels(3, (12, 3.8))
+    titles = dict(quality="quality", distinct="share of different texts in a group",
+                  entropy="entropy (nats per token)")
+    last = rows[-1]["step"]
+    for axes, (column, title) in zip(three, titles.items()):
+        ends = []
+        for objective in ("grpo", "dqo"):
+            color = COLORS[objective]
+            for seed in map(str, SEEDS):
+                run = dict(objective=objective, seed=seed)
+                x, y = pick(rows, "step", **run), pick(rows, column, **run)
+                axes.plot(x, y, color=color, lw=0.9, alpha=0.8)
+            end = statistics.mean(pick(rows, column, objective=objective, step=last))
+            ends.append((end, objective, color))
+        label_ends(axes, ends, float(last), 0.06 * height(axes))
+        axes.set(title=title, xlabel="step", xlim=(0, float(last) * 1.12))
+    save(figure, "training.png")
+
+
+def draw_hacking():
+    """hacking.png: reward hacking, and what helps."""
+    rows = read("hacking.csv")
+    styles = {  # second half of a run's name: how it is called, color
+        "grpo": ("grpo", COLORS["grpo"]),
+        "dqo": ("dqo", COLORS["dqo"]),
+        "kernel": ("quality kernel", "#2ca02c"),
+        "beta": ("β = 0.1", "#9467bd"),
+        "strict": ("strict reward", "#ff7f0e"),
+    }
+    contents = [
+        ("lax", "entirely_right", "lax reward: entirely right"),
+        ("lax", "tokens", "lax reward: tokens per response"),
+        ("large", "entirely_right", "α = 5: quality"),
+        ("large", "distinct", "α = 5: share of different texts"),
+    ]
+    figure, four = panels(4, (14, 3.8))
+    for axes, (setting, column, title) in zip(four, contents):
+        ends = []
+        for run in HACKS:
+            if not run.startswith(setting):
+                continue
+            name, color = styles[run.partition("-")[2]]
+            x, y = pick(rows, "step", run=run), pick(rows, column, run=run)
+            axes.plot(x, y, color=color, lw=1.2)
+            ends.append((y[-1], name, color))
+        label_ends(axes, ends, x[-1], 0.07 * height(axes))
+        axes.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.5))
+        axes.set_xticks([0, 100, 200, 300])
+    save(figure, "hacking.png")
 
 
 def pictures():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = read("comparison.csv")
-    numbers = lambda o, a, column, task="average": pick(rows, column, objective=o, alpha=a, task=task)
-    mean = lambda *which: statistics.mean(numbers(*which))
-
-    fig, axes = plain_axes(plt, 2, (11, 4.8))
-    alphas = [str(a) for a in STRENGTHS["dqo"]]
-    for ax, column, name in zip(axes, ("distinct_correct", "effective_diversity"), ("distinct correct responses of 16", "effective semantic diversity")):
-        ax.plot(*zip(*((mean(o, a, column), mean(o, a, "quality")) for o, a in [("grpo", ""), *(("dqo", a) for a in alphas)])), "-", color=COLORS["dqo"], lw=1, alpha=0.5)
-        for o, a in everybody():
-            x, y = numbers(o, a, column), numbers(o, a, "quality")
-            at = statistics.mean(x), statistics.mean(y)
-            ax.errorbar(*at, xerr=statistics.stdev(x), yerr=statistics.stdev(y), fmt="o", color=COLORS[o], ms=6, lw=0.8)
-            text = {"grpo_std": "grpo, std"}.get(o, o) + f" {a}" * bool(a)
-            ax.annotate(text, at, color=COLORS[o], weight="bold", fontsize=8, xytext=PLACES.get(text, (6, 5)), textcoords="offset points")
-        low, high = ax.get_xlim()
-        ax.set(xlabel=name, ylabel="quality", xlim=(low, high + 0.2 * (high - low)))
-    base = [mean("base", "", c) for c in ("quality", "distinct_correct", "effective_diversity")]
-    fig.suptitle(f"mean over four tasks, ± standard deviation over 3 seeds; line: dqo over α (base model: quality {base[0]:.2f}, {base[1]:.1f} distinct correct, "
-                 f"effective diversity {base[2]:.2f})", fontsize=9)
-    fig.tight_layout()
-    fig.savefig(HERE / "plane.png", dpi=150)
-
-    fig, axes = plain_axes(plt, 2, (11, 4.2))
-    sizes = (1, 2, 4, 8, 16)
-    for ax, task, title in zip(axes, ("average", "reason"), ("mean over the tasks", "reason")):
-        ends = []
-        for o, a in [("base", ""), *(x for x in everybody() if x[0] != "dqo"), ("dqo", "1")]:
-            ys = [mean(o, a, f"pass_at_{n}", task) for n in sizes]
-            ax.plot(sizes, ys, "o-", color=COLORS[o], ms=3, lw=1)
-            ends.append((ys[0], o.replace("_", ", "), COLORS[o]))
-        label_ends(ax, ends, 0.95, 0.026, ha="right")
-        ax.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.55, 18))
-        ax.set_xticks(sizes, sizes)
-        ax.minorticks_off()
-    fig.tight_layout()
-    fig.savefig(HERE / "pass.png", dpi=150)
-
-    fig, axes = plain_axes(plt, 3, (12, 3.8))
-    rows = read("training.csv")
-    for ax, column, title in zip(axes, ("quality", "distinct", "entropy"), ("quality", "share of different texts in a group", "entropy (nats per token)")):
-        ends = []
-        for o in ("grpo", "dqo"):
-            for seed in map(str, SEEDS):
-                x, y = (pick(rows, c, objective=o, seed=seed) for c in ("step", column))
-                ax.plot(x, y, color=COLORS[o], lw=0.9, alpha=0.8)
-            ends.append((statistics.mean(pick(rows, column, objective=o, step=str(int(x[-1])))), o, COLORS[o]))
-        label_ends(ax, ends, x[-1], 0.06 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
-        ax.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.12))
-    fig.tight_layout()
-    fig.savefig(HERE / "training.png", dpi=150)
-
-    fig, axes = plain_axes(plt, 4, (14, 3.8))
-    colors = {"grpo": COLORS["grpo"], "dqo": COLORS["dqo"], "kernel": "#2ca02c", "beta": "#9467bd", "strict": "#ff7f0e"}
-    rows = read("hacking.csv")
-    for ax, (setting, column, title) in zip(axes, (("lax", "entirely_right", "lax reward: entirely right"), ("lax", "tokens", "lax reward: tokens per response"),
-                                                   ("large", "entirely_right", "α = 5: quality"), ("large", "distinct", "α = 5: share of different texts"))):
-        ends = []
-        for run in HACKS[setting]:
-            x, y = (pick(rows, c, run=f"{setting}-{run}") for c in ("step", column))
-            ax.plot(x, y, color=colors[run], lw=1.2)
-            ends.append((y[-1], {"kernel": "quality kernel", "beta": "β = 0.1", "strict": "strict reward"}.get(run, run), colors[run]))
-        label_ends(ax, ends, x[-1], 0.07 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
-        ax.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.5))
-        ax.set_xticks([0, 100, 200, 300])
-    fig.tight_layout()
-    fig.savefig(HERE / "hacking.png", dpi=150)
-
-
-PLACES = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (6, -13)}  # of labels that would otherwise overlap others, in points
-
-
-def show():
-    show_comparison()
-    show_ablations()
-    show_strengths()
-    show_hacking()
+    draw_headline()
+    draw_plane()
+    draw_pass()
+    draw_training()
+    draw_hacking()
 
 
 def main(argv):
     if argv == ["--tried"]:
-        return print("\n".join(f"{o} {a}" for o, strengths in STRENGTHS.items() for a in strengths))
+        for objective, strengths in STRENGTHS.items():
+            for alpha in strengths:
+                print(objective, alpha)
+        return
     if argv == ["--chosen"]:
-        return print("\n".join(f"{o} {a}" for o, a in chosen().items()))
+        for objective, alpha in chosen().items():
+            print(objective, alpha)
+        return
     if argv != ["--show"]:
         gather()
     pictures()

@@ -1,0 +1,101 @@
+"""The objectives of other papers, beside `grpo` and `dqo` of dqo.py: one function each.
+
+`dqo.objective` says what such a function gets and returns. To add one, write it here, or in a
+file of your own, `--objective my.py:function`, and judge it with the same trainer:
+
+    def shorter(quality, phi, logp, alpha):            # my.py
+        return -alpha * (~logp.isnan()).sum(-1)        # (P, k): a price per token
+
+Each has its own default strength. `likelihood` and `dra` were published with GRPO's division
+by the group's standard deviation (`--baseline std`), `darling` without. likelihood, darling and
+dra scale a response's own reward and ignore what that does to the others: they follow no stated
+objective's gradient. In them r is the quality, and one below 0 is left alone.
+"""
+
+import torch
+
+from data.scoring import function_in
+from dqo import OBJECTIVES, BadInput, gram, objective
+
+
+@objective(smallest_group=(2, 3))
+def pairwise(quality, phi, logp, alpha):
+    """The mean cosine distance to the others: alpha * mean_{j != i} (1 - L_ij).
+
+    Deviation, Chung et al. 2025, in RL form: the exact marginal gain of
+    1/(k-1) * sum_{i<j} (1 - L_ij). Its expectation 1 - |E phi|^2 sees nothing but the mean: two
+    clusters e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, while
+    log det(L + I) is 2.197 against 2.631.
+    """
+    k = quality.shape[1]
+    return alpha * (1 - gram(phi)).sum(-1) / (k - 1)  # (P, k); the diagonal adds 0
+
+
+@objective(alpha=0.25, highest_alpha=1.0, embeds=False, smallest_group=(2, 2))
+def likelihood(quality, phi, logp, alpha):
+    """r becomes r * (1 - alpha * rank / k); rank 0 is the least likely response per token.
+
+    "Rewarding the Unlikely", He et al. 2025. Ranks count all k responses, wrong ones too.
+    Closer than 1e-4 counts as equal.
+    """
+    r, k = quality.clamp(min=0), quality.shape[1]
+    per_token = logp.nanmean(-1)                                            # (P, k)
+    rank = (per_token[:, :, None] > per_token[:, None, :] + 1e-4).sum(-1)   # (P, k)
+    return -alpha * r * rank / k
+
+
+@objective(alpha=0.01, embeds=False)
+def entropy(quality, phi, logp, alpha):
+    """A weight for each token of a right answer: -alpha * (log pi + 1) / length.
+
+    R1-zero-Div, Yao et al. 2025: the gradient of -p log p is -(log p + 1) dp. Right answers
+    (reward 1) alone get it, or wrong ones would gain.
+    """
+    right = (quality >= 1).float()[:, :, None]                              # (P, k, 1)
+    length = (~logp.isnan()).sum(-1, keepdim=True)                          # (P, k, 1)
+    return -alpha * right * (logp + 1) / length                             # (P, k, T)
+
+
+@objective(alpha=0.8, highest_alpha=0.999, smallest_group=(2, 2))
+def darling(quality, phi, logp, alpha):
+    """r becomes r * max(0.1, (k - size) / (k - 1)); size is that of the response's cluster.
+
+    DARLING, Li et al. 2025, where a trained classifier decides. Here a cluster is everything
+    linked, directly or through others, by cosines above alpha.
+    """
+    r, k = quality.clamp(min=0), quality.shape[1]
+    links = (gram(phi) > alpha).double()                                    # (P, k, k)
+    connected = links.matrix_power(k) > 0  # by a path of k links or fewer: L_ii links i to i
+    size = connected.sum(-1)                                                # (P, k)
+    return r * ((k - size) / (k - 1)).clamp(min=0.1) - r
+
+
+@objective(smallest_group=(2, 2))
+def dra(quality, phi, logp, alpha):
+    """r becomes r / (sum_j max(L_ij, 0))^alpha, j = i included. DRA-GRPO, Chen et al. 2025."""
+    r = quality.clamp(min=0)
+    return r * gram(phi).clamp(min=0).sum(-1) ** -alpha - r                 # (P, k)
+
+
+def load_objective(name):
+    """Make --objective NAME known to `dqo.OBJECTIVES`; file.py:function is loaded for that."""
+    if name in OBJECTIVES:
+        return
+    if not str(name).rpartition(":")[0].endswith(".py"):
+        raise BadInput(f"--objective {name!r}: no such objective or file; there are "
+                       f"{', '.join(OBJECTIVES)}, and file.py:function")
+    bonus = function_in("--objective", name)
+
+    def checked(quality, phi, logp, alpha):
+        value = bonus(quality, phi, logp, alpha)
+        shapes = [tuple(quality.shape), (*quality.shape, 1), tuple(logp.shape)]
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) not in shapes:
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise BadInput(f"--objective {name} returned {got}; it must be a tensor of the shape "
+                           f"{shapes[0]} or {shapes[2]}")
+        return value.detach().float()
+
+    options = {key: getattr(bonus, key) for key in
+               ("alpha", "highest_alpha", "embeds", "smallest_group") if hasattr(bonus, key)}
+    checked.__name__ = name
+    objective(**options)(checked)

@@ -1,0 +1,334 @@
+"""Prompts: names become rows. What --data says is a task, a file, an address or a hub data set.
+
+A task is a source of rows, a template that makes prompt and answer from a row, and a reward.
+To add one, put its rows into data/NAME.jsonl, or a Task with a template into READY, and its
+reward into rewards.py. Your own files need no task, see data/README.md.
+
+`load_rows` gives records, dicts with the keys
+
+    prompt, answer   what the template, or --prompt-key and --answer-key, made of the row
+    task             name of the task, or of the source
+    where            "my.jsonl, line 3", for messages
+    row              the row whole, as published; prompt, answer and task are filled in where it
+                     has no such column. This is what a reward function of your own is given
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+import traceback
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.models import first_line, offline, resolve
+from data.rewards import given_numbers, need
+from dqo import BadInput, end_tokens, prompt_ids
+
+HERE = Path(__file__).resolve().parent
+HUB_ID = re.compile(r"(?!.*\.jsonl?$)[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HOLD_OUT = 20  # every 20th row is kept for testing where the source has no test split
+
+
+@dataclass
+class Task:
+    name: str | None        # None: rows of your own
+    template: Callable      # row -> (prompt, answer); raises ValueError
+    reward: str | None      # name in REWARDS; None: --reward has to say
+    source: str             # file, address or hub id; {split} in it stands for train or test
+    test_split: str | None  # what the source calls its test split; None: there is one split only
+
+
+# ------------------------------------------------------------------------------ templates
+# They make (prompt, answer) from a row as it is published. Change the wording here; the
+# rewards rely on it.
+def own_prompt(row, prompt_key="prompt", answer_key="answer"):
+    """The template of your own rows, and of the miniature tasks."""
+    if prompt_key not in row:
+        raise ValueError(f"no {prompt_key!r} in this row; name the right key with --prompt-key")
+    prompt = row[prompt_key]
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not messages or not all(map(is_message, messages)):
+        raise ValueError(f"{prompt_key!r} must be text or a list of chat messages, and not empty")
+    return prompt, row.get(answer_key)
+
+
+def is_message(message):
+    """A chat message with text. No tokenizer takes half a character (a lone surrogate)."""
+    if not isinstance(message, dict) or "role" not in message:
+        return False
+    text = message.get("content")
+    return isinstance(text, str) and text.strip() != "" and not re.search("[\ud800-\udfff]", text)
+
+
+def field(row, name, kind=str):
+    content = row.get(name)
+    need(
+        isinstance(content, kind) and content,
+        f"{name!r}, a {kind.__name__} that is not empty, in the row",
+        content,
+    )
+    return content
+
+
+def gsm8k(row):
+    prompt = (
+        f"{field(row, 'question')}\n\n"
+        "Think step by step. Write the answer, a number alone, on the last line after ####."
+    )
+    return prompt, field(row, "answer")
+
+
+def commongen(row):
+    words = field(row, "concepts", list)
+    prompt = f"Write one sentence that uses all of these words: {', '.join(map(str, words))}."
+    return prompt, {"words": words, "references": [row.get("target")]}
+
+
+def dolly(row):
+    prompt, context = field(row, "instruction"), row.get("context")
+    if isinstance(context, str) and context.strip():
+        prompt += f"\n\n{context}"
+    return prompt, field(row, "response")
+
+
+def cnn_dailymail(row):
+    prompt = f"Summarize this article in three or four sentences.\n\n{field(row, 'article')}"
+    return prompt, field(row, "highlights")
+
+
+def countdown_puzzle(row):
+    nums, target = given_numbers(row, row.get("meta"))
+    prompt = (
+        f"Write an expression that equals {target}. Use each of the numbers "
+        f"{', '.join(map(str, nums))} exactly once, with + - * / and parentheses. "
+        "Put the expression alone on the last line."
+    )
+    return prompt, {"nums": nums, "target": target}
+
+
+# ---------------------------------------------------------------------------------- tasks
+TASKS = ["instruct", "summarize", "story", "reason"]  # the miniature tasks, the default of --data
+
+GSM8K = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/master/"
+    "grade_school_math/data/{split}.jsonl"
+)
+DOLLY = (
+    "https://huggingface.co/datasets/databricks/databricks-dolly-15k/"
+    "resolve/main/databricks-dolly-15k.jsonl"
+)
+READY = {task.name: task for task in [
+    Task("gsm8k", gsm8k, "math_strict", GSM8K, "test"),
+    # its test split has no references
+    Task("commongen", commongen, "coverage", "allenai/common_gen", "validation"),
+    Task("dolly", dolly, "rouge", DOLLY, None),
+    Task("cnn_dailymail", cnn_dailymail, "rouge", "abisee/cnn_dailymail:3.0.0", "test"),
+    Task("countdown", countdown_puzzle, "countdown", "Jiayi-Pan/Countdown-Tasks-3to4", None),
+]}
+
+
+def sources(data, prompt_key="prompt", answer_key="answer"):
+    """What --data names, as a list of Task: known ones, or one source of your own."""
+    tasks = []
+    for part in data.split(","):
+        name, _, source = part.partition(":")
+        if name in TASKS and not source:
+            tasks.append(Task(name, own_prompt, name, str(HERE / f"{name}.jsonl"), "test"))
+        elif name in READY:
+            tasks.append(replace(READY[name], source=source or READY[name].source))
+        else:
+            template = functools.partial(own_prompt, prompt_key=prompt_key, answer_key=answer_key)
+            return [Task(None, template, None, data, "test")]
+    return tasks
+
+
+# -------------------------------------------------------------------------------- records
+def load_rows(data, split, limit=0, prompt_key="prompt", answer_key="answer"):
+    """The prompts of a split, "train" or "test", as a list of records (see above).
+
+    data: tasks by name, separated by commas: miniature (`story`), real as published (`gsm8k`), or
+    real from another source in the published format (`gsm8k:SOURCE`); or one SOURCE of your own,
+    whose prompts and answers prompt_key and answer_key name. A SOURCE is a .jsonl file, the
+    https:// address of one, or a data set of the Hugging Face hub (`openai/gsm8k:main`, with a
+    configuration after the colon). {split} in it stands for train or test: `my/{split}.jsonl`.
+    limit: so many of each task; 0 for all.
+
+    Raises BadInput."""
+    records = []
+    for task in sources(data, prompt_key, answer_key):
+        found = records_of(task, split, limit)
+        if not found:
+            raise BadInput(
+                f"--data {data}: no prompts for the {split} split; "
+                'rows without a "split" belong to both'
+            )
+        records += found
+    return records
+
+
+def records_of(task, split, limit):
+    """The records of one task."""
+    task = with_hub_splits(task)
+    stored_as = split
+    if split == "test":
+        stored_as = task.test_split or "train"
+    source = task.source.replace("{split}", stored_as)
+
+    records = {}
+    for i, (where, row) in enumerate(read(source, stored_as, limit, task.name)):
+        try:
+            prompt, answer = task.template(row)
+        except ValueError as error:
+            raise BadInput(f"{where}: {error}") from None
+        if not belongs(row, i, split, task):
+            continue
+        # Published data sets repeat prompts; CommonGen has a row for every reference of one.
+        key = prompt if task.name in READY else i
+        if key in records and task.name == "commongen":
+            merge_references(records[key], answer)
+        elif limit and len(records) == limit:
+            break
+        elif key not in records:
+            name = task.name or Path(task.source).stem
+            filled_in = {"prompt": prompt, "answer": answer, "task": name}
+            records[key] = {**filled_in, "where": where, "row": {**filled_in, **row}}
+    return list(records.values())
+
+
+def with_hub_splits(task):
+    """The task, with the test split that its hub data set has, if it is one of your own."""
+    if task.name or not HUB_ID.fullmatch(task.source) or Path(task.source).exists():
+        return task
+    splits = hub_splits(task.source)
+    for test_split in ("test", "validation"):
+        if test_split in splits:
+            return replace(task, test_split=test_split)
+    return replace(task, test_split=None)
+
+
+def belongs(row, i, split, task):
+    """Whether row i of a source is of this split. One that does not say so belongs to both, but
+    where nothing is published for testing, every 20th is kept for that."""
+    if "split" in row:
+        return row["split"] == split
+    if task.test_split is None:
+        return (i % HOLD_OUT == 0) == (split == "test")
+    return True
+
+
+def merge_references(record, answer):
+    record["answer"]["references"] += answer["references"]
+
+
+# -------------------------------------------------------------------------------- sources
+def read(source, split, limit, task):
+    """Yields (where, row) for each row of a source."""
+    instead = f"pass --data {task}:FILE.jsonl" if task else "pass --data FILE.jsonl"
+    is_web = re.match("https?://", source)
+    is_file = source.endswith((".jsonl", ".json")) or Path(source[:250]).exists()
+    if is_web or is_file:
+        return json_rows(source, text_of(source, is_web, instead))
+    if HUB_ID.fullmatch(source):
+        return hub_rows(source, split, limit, instead)
+    raise BadInput(
+        f"--data {source:.80}: no such task or file; "
+        f"there are {', '.join([*TASKS, *READY])}, .jsonl files, https:// and OWNER/NAME"
+    )
+
+
+def text_of(source, is_web, instead):
+    try:
+        if not is_web:
+            return Path(resolve(source)).read_text(encoding="utf-8-sig")
+        if source.startswith("http:"):
+            raise ValueError(
+                "what comes over http:// may have been changed on its way; use https://"
+            )
+        with urllib.request.urlopen(source, timeout=30) as answer:  # 30 seconds without a byte
+            return answer.read().decode("utf-8-sig")
+    except Exception as error:  # of the disk, DNS, TLS, HTTP, a timeout, an encoding
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if is_web:
+            reason += f"; fetch it yourself and {instead}"
+        raise BadInput(f"--data {source}: {reason}") from None
+
+
+def json_rows(source, text):
+    """Yields (where, row) for each line that is not blank."""
+    # WARNING  str.splitlines() would also split at U+2028, which may stand inside a JSON text and
+    # does in real data
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{where}: not a JSON object")
+        yield where, row
+
+
+@contextlib.contextmanager
+def the_hub(source, instead):
+    """Yields the `datasets` package. Whatever goes wrong with it becomes one line."""
+    try:
+        import datasets
+        if offline():
+            raise ConnectionError("the hub cannot be reached")
+        yield datasets
+    except ImportError:
+        raise BadInput(
+            f"--data {source}: a hub dataset needs one more package: pip install datasets; "
+            f"or download a .jsonl file and {instead}"
+        ) from None
+    except Exception as error:  # it raises errors of many libraries: hub, network, parquet
+        raise BadInput(f"--data {source}: {why(error)}; {instead}") from None
+
+
+def hub_splits(source):
+    """The names of the splits of a hub data set."""
+    with the_hub(source, "pass FILE.jsonl") as datasets:
+        return list(datasets.get_dataset_split_names(*source.split(":")))
+
+
+def hub_rows(source, split, limit, instead):
+    """Yields (where, row) for each row of a split."""
+    with the_hub(source, instead) as datasets:
+        # with a limit it is streamed: no full download
+        rows = datasets.load_dataset(*source.split(":"), split=split, streaming=bool(limit))
+        for number, row in enumerate(rows, 1):
+            yield f"{source} ({split}), row {number}", row
+
+
+def why(error):
+    """An error of somebody else's code in one line: kind, first line of the message, and where."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(at.filename).name}, line {at.lineno}"
+    return f"{type(error).__name__}: {first_line(error)} ({where})"
+
+
+# ------------------------------------------------------------------------------ and a model
+def prepare(records, model, tokenizer, max_new_tokens, plain=False):
+    """Refuse what does not work with a model: a prompt that is too long, or that its chat template
+    does not take, and a model without an end token."""
+    end_tokens(model, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for record in records:
+        where = record["where"]
+        try:
+            length = len(prompt_ids(tokenizer, record["prompt"], plain))
+        except Exception as error:  # a chat template raises what it likes
+            raise BadInput(
+                f"{where}: the tokenizer's chat template refuses this prompt: {first_line(error)}"
+            ) from None
+        if length + max_new_tokens > context:
+            raise BadInput(
+                f"{where}: {length} prompt tokens and --max-new-tokens {max_new_tokens} "
+                f"do not fit into the model's context of {context}; shorten either"
+            )
