@@ -44,10 +44,11 @@ import contextlib
 import math
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -56,8 +57,8 @@ class BadInput(ValueError):
     """The user gave something wrong. One line: what, where, what to do. Exit status 2."""
 
 
-# ========================================================================= PART 1: THE METHOD
-# ------------------------------------------------------------------------------------ volume
+# ========================================= PART 1: THE METHOD
+# ----------------------------------------------------- volume
 def gram(phi):
     """L_ij = <phi_i, phi_j>: (..., k, D) -> (..., k, k)."""
     return phi @ phi.transpose(-1, -2)
@@ -94,15 +95,15 @@ def quality_weighted(phi, q):
     """Give each embedding the length sqrt(q_i): (..., k, D), (..., k) -> (..., k, D).
 
     A response of quality 0 then spans nothing and gains nothing: strangeness cannot buy
-    reward. This kernel is ours, not the paper's. q_i must lie in [0, 1] and depend on y_i
-    alone; with a statistic of the group in it, the gradient would no longer be exact.
+    reward. NOTE  Ours, not the paper's. q_i must lie in [0, 1] and depend on y_i alone: with a
+    statistic of the group in it, the gradient would no longer be exact.
     """
     return phi * q.to(phi.dtype).sqrt()[..., None]
 
 
-# --------------------------------------------------------------------------------- advantages
+# ------------------------------------------------- advantages
 def advantages(quality, bonus, baseline):
-    """quality + bonus minus a baseline over the prompt's own group: all are (P, k).
+    """quality + bonus minus a baseline over the prompt's own group, dimension 1: (P, k, ...).
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean: exactly the gradient of J_{k-1}, with lower variance (default)
@@ -119,7 +120,7 @@ def advantages(quality, bonus, baseline):
 
     A test proves both statements by enumerating every group of a small policy.
     """
-    total = quality + bonus  # (P, k)
+    total = quality + bonus  # (P, k, ...)
     if baseline == "none":
         return total
     centred = total - total.mean(dim=1, keepdim=True)
@@ -128,7 +129,7 @@ def advantages(quality, bonus, baseline):
     return centred / (total.std(dim=1, keepdim=True) + 1e-4)
 
 
-# ------------------------------------------------------------------------------------ the loss
+# --------------------------------------------------- the loss
 def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2):
     """The surrogate whose gradient is the policy gradient. Returns it and a dict of sums.
 
@@ -158,26 +159,27 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     }
 
 
-# ------------------------------------------------------------------------------ the objectives
+# --------------------------------------------- the objectives
 OBJECTIVES = {}  # by name. data/objectives.py adds those of other papers
 
 
 def objective(alpha=1.0, highest_alpha=math.inf, embeds=True, smallest_group=(1, 2)):
     """Decorator: the function becomes an --objective under its own name.
 
-    An objective says what is added to the quality of each response. It gets the qualities
-    (P, k), the embeddings phi (P, k, D), which are None unless it `embeds`, the log-probability
-    of each token logp (P, k, T), NaN behind the end of a response, and its strength alpha.
-    It returns (P, k), added to the quality before the baseline is subtracted, or (P, k, T),
-    added to the advantage of each token. No derivative flows through it.
+    It gets the qualities (P, k), phi (P, k, D), the log-probability of each token logp
+    (P, k, T), NaN behind a response's end, and alpha. It returns a bonus: (P, k), added to the
+    quality before the baseline, or (P, k, T or 1), added to each token's advantage after it. No
+    derivative flows through it.
 
-    alpha:           its default strength; at most highest_alpha
-    smallest_group:  the smallest k that carries its signal: without, and with a baseline
+    alpha, highest_alpha:  its strength by default, and at most
+    embeds:                whether it looks at phi, which is None otherwise
+    smallest_group:        the smallest k that carries its signal: without, and with a baseline
     """
     def register(function):
         function.alpha, function.highest_alpha = alpha, highest_alpha
         function.embeds, function.smallest_group = embeds, smallest_group
-        return OBJECTIVES.setdefault(function.__name__, function)
+        OBJECTIVES[function.__name__] = function
+        return function
     return register
 
 
@@ -193,7 +195,7 @@ def dqo(quality, phi, logp, alpha):
     return alpha * marginal_gains(phi)  # (P, k)
 
 
-# --------------------------------------------------------------------------------- the options
+# ------------------------------------------------ the options
 def option(default, meaning, **limits):
     """A field of Config and its help text. train.py makes a flag of it."""
     return field(default=default, metadata={"help": meaning, **limits})
@@ -203,12 +205,6 @@ def option(default, meaning, **limits):
 class Config:
     """Every hyper-parameter. What is None depends on the model: train.py fills it in."""
 
-    # what is trained, on what, judged by whom
-    model: str = option("data/tiny", "causal language model: folder or hub id")
-    data: str = option("instruct,summarize,story,reason",
-                       "tasks by name, or a .jsonl file, https:// address or hub dataset")
-    reward: str | None = option(None, "a name, hf:MODEL, or file.py:function [the task's own]")
-    encoder: str = option(MINILM, "sentence-transformers model that measures diversity")
     # the objective
     objective: str = option("dqo", "what is optimised: a name, or file.py:function")
     alpha: float | None = option(None, "strength of diversity [the objective's own]", low=0)
@@ -230,38 +226,19 @@ class Config:
     micro_batch: int | None = option(None, "responses per backward pass, 0 = all "
                                            "[tiny: 32, else 16]", low=0)
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
+    template_args: dict | None = option(None, "for the chat template, as JSON: "
+                                              '{"enable_thinking": false}')
     seed: int = option(0, "random seed", low=0)
 
     def __post_init__(self):
-        if self.alpha is None:
-            self.alpha = getattr(OBJECTIVES.get(self.objective), "alpha", 1.0)
-
-    def check(self):
-        """Refuse what cannot work, with one line that says what to change."""
-        for f in fields(self):
-            flag, x = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            low, choices = f.metadata.get("low"), f.metadata.get("choices")
-            if low is not None and x is not None and not low <= x < 2 ** 63:  # or NaN
-                raise BadInput(f"{flag} is {x}: it must be at least {low}, and below 2**63")
-            if choices and x not in choices:
-                raise BadInput(f"{flag} is {x}: choose from {', '.join(choices)}")
         if self.objective not in OBJECTIVES:
-            raise BadInput(f"--objective is {self.objective}: choose from {', '.join(OBJECTIVES)}")
-        bonus = OBJECTIVES[self.objective]
-        smallest = bonus.smallest_group[0 if self.baseline == "none" else 1]
-        if self.k < smallest:
-            raise BadInput(
-                f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no "
-                f"signal of its own below k = {smallest}; use that or more")
-        if self.alpha > bonus.highest_alpha:
-            raise BadInput(f"--alpha {self.alpha}: for {self.objective} it must be at most "
-                           f"{bonus.highest_alpha}")
-        if self.kernel == "quality" and self.objective != "dqo":
-            raise BadInput("--kernel quality is defined for --objective dqo only, "
-                           f"not for {self.objective}")
+            raise BadInput(f"--objective is {self.objective}: choose from {', '.join(OBJECTIVES)}; "
+                           "data/objectives.py has more, once it is imported")
+        if self.alpha is None:
+            self.alpha = OBJECTIVES[self.objective].alpha
 
 
-# ------------------------------------------------------------------------------- the whole step
+# --------------------------------------------- the whole step
 def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
              reference=None, memory=None):
     """One step of the algorithm: sample, judge, embed, weigh, update. Returns metrics.
@@ -275,8 +252,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     reference:  the frozen starting model, with beta > 0
     memory:     a dict kept from step to step: known embeddings, centre of the reward
 
-    metrics["samples"] holds the responses themselves. Raises BadInput if a number is not
-    finite, before the weights are touched (in the first epoch).
+    metrics["samples"] holds the responses. Raises BadInput if a number is not finite, before
+    the weights are touched (in the first epoch).
     """
     P, k = len(rows), config.k
     memory = {} if memory is None else memory
@@ -284,7 +261,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     tick = stopwatch(model.device)
 
     # 1. Sample k responses per prompt.
-    ids = [prompt_ids(tokenizer, row["prompt"], config.plain) for row in rows]
+    ids = [prompt_ids(tokenizer, row["prompt"], config.plain, config.template_args)
+           for row in rows]
     rollout = sample(model, tokenizer, ids, k, config.max_new_tokens, config.temperature)
     each = [row for row in rows for _ in range(k)]  # the row of each response
     check = finite_check(each, rollout.texts)
@@ -317,53 +295,62 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     tick("gains_s")
 
     # 4. The KL penalty is part of the reward: -beta * log(pi/pi_ref), a constant, is the exact
-    # gradient of KL(pi || pi_ref). WARNING  The popular k3 estimator, differentiated as a
-    # loss, gives the gradient of KL(pi_ref || pi) instead. Here k3 is only reported.
-    model.train()  # for gradient checkpointing; all dropout is 0
-    penalty, kl = torch.zeros(P, k), 0.0
+    # gradient of KL(pi || pi_ref). Each token answers for the log-ratios from it on, as what
+    # came before is no consequence of it: the same expectation, half of the variance.
+    # WARNING  The popular k3 estimator, differentiated as a loss, gives the gradient of
+    # KL(pi_ref || pi) instead. Here k3 is only reported.
+    penalty, kl = torch.zeros(P, k, 1), 0.0
     if config.beta > 0:
-        log_ratio = score(model, rollout, config) - score(reference, rollout, config)  # (B, T)
-        penalty = config.beta * log_ratio.sum(1).view(P, k).cpu()
+        log_ratio = rollout.logp - score(reference, rollout, config)  # (B, T)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()
+        to_go = log_ratio.flip(1).cumsum(1).flip(1)  # (B, T)
+        penalty = config.beta * to_go.view(P, k, -1).cpu()  # (P, k, T)
 
-    # 5. One advantage per response, from its own group, and weights for its tokens.
-    advantage = advantages(quality - penalty, bonus, config.baseline)  # (P, k)
-    weight = (advantage[:, :, None] + token_bonus).flatten(0, 1)  # (B, 1) or (B, T)
+    # 5. An advantage for each token, from the response's own group.
+    advantage = advantages(quality[..., None] - penalty, bonus[..., None], config.baseline)
+    weight = (advantage + token_bonus).flatten(0, 1)  # (B, 1), or (B, T)
 
     # 6. Move the weights of the model.
-    metrics = update(model, optimizer, rollout, weight.to(model.device), config, check)
+    metrics = update(model, optimizer, rollout, weight.to(model.device), config, memory, check)
     tick("update_s")
-    return dict(summary(rows, rollout, quality, gain, advantage), log_det=volume, kl=kl,
-                **metrics, **tick.seconds)
+    seen = summary(rows, rollout, quality, bonus + token_bonus.sum(-1), penalty[..., 0], gain,
+                   advantage[..., 0])
+    return dict(seen, log_det=volume, kl=kl, **metrics, **tick.seconds)
 
 
-def summary(rows, rollout, quality, gain, advantage):
-    """What the log says of the responses of a step, and the responses themselves."""
+def summary(rows, rollout, quality, bonus, penalty, gain, advantage):
+    """What the log says of the responses of a step, (P, k) each, and the responses themselves.
+
+    The `..._std` are mean standard deviations within groups: how much each term decides.
+    """
     P, k = quality.shape
-    texts = rollout.texts
-    distinct = [len(set(texts[i:i + k])) for i in range(0, P * k, k)]
-    numbers = zip(quality.flatten().tolist(), gain.flatten().tolist(), advantage.flatten().tolist())
+    texts, columns = rollout.texts, zip(*(x.flatten().tolist() for x in (quality, gain, advantage)))
     samples = [
         dict(prompt=rows[i // k]["prompt"], response=texts[i], quality=q, gain=g, advantage=a)
-        for i, (q, g, a) in enumerate(numbers)]
+        for i, (q, g, a) in enumerate(columns)]
     return dict(
         quality=quality.mean().item(),
         gain=gain.mean().item(),
-        distinct=sum(distinct) / (P * k),
+        distinct=sum(len(set(texts[i:i + k])) for i in range(0, P * k, k)) / (P * k),
         length=rollout.mask.sum().item() / (P * k),
         truncated=rollout.truncated.float().mean().item(),
         empty=sum(not text.strip() for text in texts) / (P * k),
+        quality_std=quality.std(1, correction=0).mean().item(),
+        bonus_std=bonus.std(1, correction=0).mean().item(),
+        penalty_std=penalty.std(1, correction=0).mean().item(),
         samples=samples)
 
 
-def update(model, optimizer, rollout, weight, config, check):
+def update(model, optimizer, rollout, weight, config, memory, check):
     """Gradient ascent on one rollout, an optimizer step per epoch. weight: (B, 1) or (B, T).
 
-    One epoch is on-policy: the ratio is 1 and nothing is clipped. The metrics are those of
-    the last epoch, but for `drift`: |log pi scored - log pi sampled| per token before the
-    update, which is rounding, unless the two see different policies.
+    One epoch is on-policy: the ratio is 1 and nothing is clipped. The metrics are those of the
+    last epoch, but for `drift`: |log pi scored - log pi sampled| per token before the update,
+    which is rounding, unless the two see different policies. A gradient that is not finite is
+    `skipped`; the third in a row raises BadInput.
     """
-    count, total = len(rollout.texts), rollout.mask.sum().item()
+    count, total, skipped = len(rollout.texts), rollout.mask.sum().item(), 0
+    model.train()  # for gradient checkpointing; all dropout is 0
     old = torch.zeros_like(rollout.logp)  # (B, T)
     for epoch in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
@@ -383,19 +370,32 @@ def update(model, optimizer, rollout, weight, config, check):
             metrics["entropy"] += sums["entropy"] / total
         # Adam ignores the scale of the loss; this clip only tames outliers.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        suspect = weight.abs().amax(1).argmax().item()  # the response with the largest weight
-        check("gradient", torch.tensor([norm]), [suspect])
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+            memory["skipped"] = 0
+            continue
+        skipped, memory["skipped"] = skipped + 1, memory.get("skipped", 0) + 1
+        if memory["skipped"] >= 3:
+            suspect = weight.abs().amax(1).argmax().item()  # the largest weight
+            check("gradient", torch.tensor([norm]), [suspect])
     optimizer.zero_grad(set_to_none=True)  # frees the memory for the next rollout
     drift = (old - rollout.logp).abs().sum().item() / total
-    return dict(metrics, grad_norm=norm, drift=drift)
+    return dict(metrics, grad_norm=norm, drift=drift, skipped=skipped)
 
 
 def micro_batches(rollout, config):
-    """Yields (index, part): rows of similar length, so that little of a part is padding."""
-    order = rollout.attention_mask.sum(1).argsort(stable=True).cpu()
-    for index in order.split(config.micro_batch or len(order)):
-        yield index, rollout.select(index)
+    """Yields (index, part): whole groups, so that a prompt runs once, unless one is too large.
+
+    The longest come first: if the memory is too small, that shows at once.
+    """
+    B, k = len(rollout.texts), config.k
+    size = config.micro_batch or B
+    longest = rollout.attention_mask.sum(1).view(-1, k).amax(1)  # (P,)
+    order = longest.argsort(descending=True, stable=True).cpu()
+    groups = torch.arange(B).view(-1, k)[order]  # (P, k)
+    for some in groups.split(max(1, size // k)):
+        for index in some.flatten().split(size):
+            yield index, rollout.select(index)
 
 
 @torch.no_grad()
@@ -422,7 +422,7 @@ def squashed(quality, reward, memory, check):
 def finite_check(rows, texts):
     """A check that names the first response with a value out of range, infinite or NaN.
 
-    Without it, one NaN would be in every weight after the next update.
+    Without it, one NaN would soon be in every weight.
     """
     def check(what, values, responses=None, low=-1e38, high=1e38):
         for j, value in enumerate(values.flatten().tolist()):
@@ -436,20 +436,17 @@ def finite_check(rows, texts):
 
 def stopwatch(device):
     """tick(name) notes the seconds since the last tick, in tick.seconds."""
-    last = time.perf_counter()
-
     def tick(name):
-        nonlocal last
         if device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        tick.seconds[name], last = now - last, now
-    tick.seconds = {}
+        tick.seconds[name], tick.last = now - tick.last, now
+    tick.seconds, tick.last = {}, time.perf_counter()
     return tick
 
 
-# ====================================================================== PART 2: THE MACHINERY
-# ------------------------------------------------------------------------------------- sampling
+# ====================================== PART 2: THE MACHINERY
+# --------------------------------------------------- sampling
 # `model.generate` would do. This loop keeps the log-probabilities it draws from, runs each
 # prompt once instead of k times, and lets responses leave the batch when they have ended.
 
@@ -462,13 +459,13 @@ class Rollout:
         mask                   [1 1 1 0]     the response, with its end token
     """
 
-    tokens: torch.Tensor  # (B, S) long
+    tokens: torch.Tensor          # (B, S) long
     attention_mask: torch.Tensor  # (B, S) long
     prompt_length: int            # N, with padding
-    mask: torch.Tensor  # (B, T) bool
-    logp: torch.Tensor  # (B, T) float32, as drawn; 0 outside mask
+    mask: torch.Tensor            # (B, T) bool
+    logp: torch.Tensor            # (B, T) float32, as drawn; 0 outside mask
     texts: list                   # B strings, without special tokens
-    truncated: torch.Tensor  # (B,) bool: no end token within max_new_tokens
+    truncated: torch.Tensor       # (B,) bool: no end token within max_new_tokens
 
     def select(self, index):
         """Some rows, with columns that are padding in all of them cut off on both sides."""
@@ -486,18 +483,21 @@ class Rollout:
             truncated=self.truncated[index])
 
 
-def prompt_ids(tokenizer, prompt, plain=False):
+def prompt_ids(tokenizer, prompt, plain=False, template_args=None):
     """Token ids of a prompt: a text, or a list of chat messages.
 
     Text goes through the chat template if there is one. A template writes its own start
     token, so it must return ids: as text, a second start token would be added.
     """
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return prompt  # they are token ids already
     if isinstance(prompt, str):
         if plain or not tokenizer.chat_template:
             return list(tokenizer(prompt).input_ids)
         prompt = [{"role": "user", "content": prompt}]
     return list(tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=False,
+        **(template_args or {})))
 
 
 def end_tokens(model, tokenizer):
@@ -512,10 +512,15 @@ def end_tokens(model, tokenizer):
 
 
 def autocast(device):
-    """bf16 matrix products on CUDA. Weights stay float32: bf16 would lose steps of 1e-6."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    """bf16 matrix products on CUDA; the weights stay float32, bf16 would lose steps of 1e-6."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    # cuDNN's attention: NaN gradients under a mask on Hopper (pytorch#196678), wrong text on
+    # B200, and a new plan for every new length, which is every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not torch.cuda.is_bf16_supported(including_emulation=False):  # T4, V100
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16)
 
 
 def positions(attention_mask):
@@ -557,21 +562,37 @@ def run_prompts(model, tokens, mask):
     """The KV cache of some prompts and the logits of their last position, (P, V)."""
     out = model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask),
                 use_cache=True, logits_to_keep=1)
+    if torch.is_autocast_enabled(tokens.device.type):
+        keep_in(torch.get_autocast_dtype(tokens.device.type), out.past_key_values)
     return out.past_key_values, out.logits[:, -1]
+
+
+def keep_in(dtype, cache):
+    """Keep keys and values in the type that attention casts them to anyway: half the memory."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+    update = cache.update
+    cache.update = lambda k, v, *rest, **named: update(k.to(dtype), v.to(dtype), *rest, **named)
+
+
+def select_rows(cache, index):
+    """Row i of a cache becomes what its row index[i] was."""
+    recurrent = any(hasattr(layer, "conv_states") for layer in cache.layers)  # hybrid models
+    (cache.reorder_cache if recurrent else cache.batch_select_indices)(index)
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     """Draw k responses to each of P prompts: texts, chat messages, or lists of token ids.
 
-    top-p, top-k and the temperature that the model's authors recommend are not looked at:
-    the gradient needs the log-probabilities of the policy that sampled. The model is left in
-    eval mode. Raises BadInput for a prompt without tokens, a model without an end token.
+    The top-p, top-k and temperature that the model's authors recommend are not looked at: the
+    gradient needs the policy that sampled. The model is left in eval mode. Raises BadInput for
+    a prompt without tokens, a model without an end token, numbers that are not finite.
     """
     device, T = model.device, max_new_tokens
     model.eval()  # gradient checkpointing in train mode would drop the KV cache
-    is_ids = lambda p: isinstance(p, list) and p and isinstance(p[0], int)
-    ids = [p if is_ids(p) else prompt_ids(tokenizer, p) for p in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if not all(ids):
         raise BadInput(f"prompt {ids.index([]) + 1} of the batch has no tokens")
     end = end_tokens(model, tokenizer)  # (E,)
@@ -584,7 +605,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
 
     with autocast(device):
         cache, logits = run_prompts(model, prompt, prompt_mask)  # each prompt once,
-        cache.batch_repeat_interleave(k)                         # then k copies of its cache
+        select_rows(cache, torch.arange(B, device=device) // k)  # then k copies of its cache
         logits = logits.repeat_interleave(k, 0)  # (B, V)
         alive = torch.arange(B, device=device)  # (R,) rows that have not ended, as [0 2 5]
         for t in range(T):
@@ -600,13 +621,17 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
             if t == T - 1 or not goes_on.any():
                 break
             if not goes_on.all():
-                cache.batch_select_indices(goes_on.nonzero()[:, 0])
+                select_rows(cache, goes_on.nonzero()[:, 0])
                 alive, token = alive[goes_on], token[goes_on]
             seen = attention_mask[alive, :N + t + 1]  # (R, N + t + 1)
             logits = model(input_ids=token, attention_mask=seen,
                            position_ids=positions(seen)[:, -1:],
                            past_key_values=cache, use_cache=True).logits[:, -1]
 
+    if not logp.isfinite().all():
+        i = (~logp.isfinite()).any(1).nonzero()[0, 0].item() // k
+        raise BadInput("the model's log-probabilities are not finite for the prompt "
+                       f"{tokenizer.decode(ids[i])[-80:]!r}")
     longest = t + 1
     tokens, attention_mask = tokens[:, :N + longest], attention_mask[:, :N + longest]
     mask = attention_mask[:, N:].bool()  # (B, longest)
@@ -617,7 +642,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     return Rollout(tokens, attention_mask, N, mask, logp[:, :longest], texts, ~is_end.any(1))
 
 
-# ------------------------------------------------------------------------------------ embedding
+# -------------------------------------------------- embedding
 def embed(encoder, texts, known=None):
     """Sentence embeddings of length 1, (B, D) float32 on the CPU.
 
@@ -627,6 +652,7 @@ def embed(encoder, texts, known=None):
 
     Only the response is embedded: the prompt, common to a group, would make all k alike.
     """
+    texts = [text.rpartition("</think>")[2] for text in texts]  # what a thinking model answers
     known = {} if known is None else known
     if len(known) > 20_000:  # 30 MB at D = 384
         known.clear()
@@ -637,7 +663,7 @@ def embed(encoder, texts, known=None):
     return torch.stack([known[text] for text in texts])  # (B, D)
 
 
-# -------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------- scoring
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     """log pi of each response token, (B, T), differentiable once; 0 outside rollout.mask.
 
@@ -656,7 +682,7 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     target = rollout.tokens[:, N:]  # (B, T)
     cache = None
     with autocast(model.device):
-        if N > 1 and not checkpointed(model):
+        if N > 1 and shares_prompts(model):
             # All of the prompt but its last token, whose logits predict the first response
             # token. Gradients of the k rows add up in the shared part.
             cache = shared_cache(model, tokens[:, :N - 1], mask[:, :N - 1])
@@ -665,14 +691,18 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
                        position_ids=positions(mask)[:, -tokens.shape[1]:],
                        past_key_values=cache, use_cache=cache is not None,
                        logits_to_keep=target.shape[1]).logits  # (B, T, V)
-    positions_at_a_time = max(1, chunk // logits.shape[-1])
-    logp = PickedLogProbs.apply(logits.flatten(0, 1), target.flatten(), temperature,
-                                positions_at_a_time)
+    at_a_time = max(1, chunk // logits.shape[-1])
+    logp = PickedLogProbs.apply(logits.flatten(0, 1), target.flatten(), temperature, at_a_time)
     return logp.view_as(target).masked_fill(~rollout.mask, 0.0)  # (B, T)
 
 
-def checkpointed(model):  # such a model runs without a KV cache
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+def shares_prompts(model):
+    """Whether gradients can flow through a KV cache. Gradient checkpointing goes without one,
+    and a model that is not attention alone (Qwen3.5, LFM2, Jamba) overwrites its state."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    recurrent = any("attention" not in kind or "linear" in kind for kind in kinds)
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    return not (recurrent or checkpointed or getattr(model, "_is_stateful", False))
 
 
 def shared_cache(model, tokens, mask):
@@ -680,22 +710,24 @@ def shared_cache(model, tokens, mask):
     may be that of a real token.)"""
     both, which = torch.stack([tokens, mask]).unique(dim=1, return_inverse=True)  # (2, p, n)
     cache, _ = run_prompts(model, *both)
-    cache.batch_select_indices(which)  # which: (B,) the prompt of each row
+    select_rows(cache, which)  # which: (B,) the prompt of each row
     return cache
 
 
 class PickedLogProbs(torch.autograd.Function):
     """log_softmax(logits)[token]: (n, V), (n,) -> (n,), with the gradient kept in `logits`.
 
-    The logits are the largest tensor of a run: 8 GB for 64 x 256 tokens and a vocabulary of
-    128k. Autograd would keep four of that size; here it is one, because the gradient is
-    simple, (onehot(token) - p) / temperature, and can overwrite the logits at once.
+    The logits are the largest tensor of a run: 8 GB for 64 x 256 tokens of 128k. Autograd would
+    keep four of that size; here it is one, because the gradient is simple,
+    (onehot(token) - p) / temperature, and can overwrite the logits at once.
 
     WARNING  So the logits are gone after forward, and there can be only one backward.
     """
 
     @staticmethod
     def forward(ctx, logits, token, temperature, at_a_time):
+        if ctx.needs_input_grad[0] and (logits if logits._base is None else logits._base).is_leaf:
+            raise ValueError("these logits are parameters: they would be overwritten")
         picked = []
         for part, index in zip(logits.split(at_a_time), token[:, None].split(at_a_time)):
             log_probs = log_softmax(part, temperature)  # (c, V)
@@ -708,26 +740,11 @@ class PickedLogProbs(torch.autograd.Function):
         return torch.cat(picked)[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return ctx.saved_tensors[0].mul_(grad[:, None]), None, None, None
 
 
-# ------------------------------------------------------------------------------ on the terminal
-def main(texts):
-    """Gram matrix, log det and marginal gains of some texts, as if they were one group."""
-    from data.models import load_encoder
-    if len(texts) < 2:
-        print('dqo.py: give at least two texts: python dqo.py "one" "another"', file=sys.stderr)
-        return 2
-    phi, k = embed(load_encoder(), texts), len(texts)  # (k, D)
-    print("gain    Gram matrix L (cosines)")
-    for row, gain, text in zip(gram(phi).tolist(), marginal_gains(phi).tolist(), texts):
-        print(f"{gain:.3f}  " + " ".join(f"{x:5.2f}" for x in row) + f"   {text}")
-    print(f"log det(L + I) = {log_det(phi):.3f}, between {math.log(1 + k):.3f} (all equal) "
-          f"and {k * math.log(2):.3f} (all orthogonal)")
-    print(f"a gain lies between {math.log(1 + 1 / k):.3f} and {math.log(2):.3f}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # the idea on any texts: Gram matrix, log det, gains
+    from data.report import show_texts
+    sys.exit(show_texts(sys.argv[1:]))

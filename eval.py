@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from data.metrics import group_metrics, mean_and_se
 from data.models import is_tiny, load_encoder, load_model
+from data.options import RunConfig
 from data.prompts import load_rows, prepare
 from data.report import plot, table
 from data.scoring import check_rows, load_reward
-from dqo import BadInput, Config, embed, prompt_ids, sample, token_logps
+from dqo import BadInput, embed, prompt_ids, sample, token_logps
 
 
 @dataclass
@@ -110,7 +111,7 @@ def flags():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    d = Config()
+    d = RunConfig()
     p.add_argument("models", nargs="+", metavar="MODEL",
                    help="folder or hub id; a run folder is one")
     p.add_argument("--data", default=d.data,
@@ -174,7 +175,7 @@ def check(args):
             raise BadInput(f"cannot write {path}: it is a folder")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    Config(
+    RunConfig(
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,

@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import report, runs
+from data import options, report, runs
 from data.models import first_line, is_tiny, load_encoder, load_model
 from data.objectives import load_objective
+from data.options import RunConfig
 from data.prompts import load_rows, prepare
-from data.runs import RunConfig, Setup
+from data.runs import Setup
 from data.scoring import check_rows, load_reward
 from dqo import BadInput, dqo_step
 from eval import Judges, Sampling, evaluate
@@ -112,7 +113,7 @@ def train(config):
         start_from = f"{out}/checkpoints/step-{done}"
     rows, test_rows, reward = load_prompts(config)
     model, tokenizer = load_model(start_from)
-    runs.fill_defaults(config, len(rows))
+    options.fill_defaults(config, len(rows))
     prepare(rows + test_rows, model, tokenizer, config.max_new_tokens, config.plain)
     encoder, optimizer = load_encoder(config.encoder), optimizer_of(model, config)
     setup = Setup(model, tokenizer, encoder, reward, optimizer)
@@ -230,7 +231,7 @@ def conclude(config, setup, rows):
 def next_commands(config):
     """A comparison with `grpo` shows what diversity changed; after one with grpo, the other."""
     usual = vars(RunConfig(objective=config.objective)) | (
-        runs.TINY if is_tiny(config.model) else runs.OTHER)
+        options.TINY if is_tiny(config.model) else options.OTHER)
     ours = ("objective", "alpha", "kernel", "out", "overwrite", "resume")
     same = flags_that_differ(config, usual, [name for name in usual if name not in ours])
     if config.objective == "grpo":

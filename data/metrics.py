@@ -24,13 +24,25 @@ def normalize(text):
     `distinct correct` counts with it, and the rewards compare with it.
     """
     spaced = " ".join(text.lower().split())
-    text = re.sub(r"\s+([.,!?])", r"\1", spaced)
-    return text[:-1].rstrip() if text.endswith(".") else text
+    text = re.sub(r"\s+([.,!?。、，！？])", r"\1", spaced)
+    return text[:-1].rstrip() if text.endswith((".", "。")) else text
+
+
+# Scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana and bopomofo,
+# Chinese characters, kana of half width. (Korean has spaces.)
+SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+TOKEN = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+|[^\w\s]")
 
 
 def words(text):
-    """Lower-cased words and single punctuation marks."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    """Tokens: lower-cased words and single punctuation marks. Where a script has no spaces
+    (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each character is a token: by words, a
+    whole clause would be one, and near-copies would have nothing in common."""
+    return TOKEN.findall(text.lower())
 
 
 def ngrams(tokens, n):
@@ -122,17 +134,27 @@ def max_at_n(scores, n):
 
 # -------------------------------------------------------------------------------- embeddings
 # phi: (k, D) unit-norm, one row per response
+def cosines(phi):
+    """(..., k, D) -> (..., k, k): `gram`, in which two zero vectors are alike.
+
+    Some encoders give an empty text the zero vector. It spans no volume and gains nothing, as
+    it should. But its product with another is 0 too, as if the two were as different as can be.
+    """
+    empty = (~phi.any(-1, keepdim=True)).to(phi.dtype)                      # (..., k, 1)
+    return gram(phi) + gram(empty)
+
+
 def vendi(phi):
     """Effective number of different responses, between 1 and k: exp of the entropy of the
     eigenvalues of L / k (Friedman & Dieng 2023)."""
-    eigenvalues = torch.linalg.eigvalsh(gram(phi.double()) / len(phi)).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(cosines(phi.double()) / len(phi)).clamp(min=0)
     return torch.exp(torch.special.entr(eigenvalues).sum()).item()
 
 
 def cosine_distance(phi):
     """Mean over pairs of 1 - cosine."""
     k = len(phi)
-    distance = 1 - gram(phi.double())                                       # (k, k)
+    distance = 1 - cosines(phi.double())                                    # (k, k)
     return (distance.sum() / (k * (k - 1))).item()  # the diagonal adds 0
 
 
@@ -143,7 +165,7 @@ def effective_diversity(correct, phi, same=0.9):
     correct: k booleans
     """
     right = torch.tensor(correct)                                           # (k,)
-    different = gram(phi) < same                                            # (k, k)
+    different = cosines(phi) < same                                         # (k, k)
     pairs = right[:, None] & right & different  # never a response with itself
     return pairs.sum().item() / (len(right) * (len(right) - 1))
 

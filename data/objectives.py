@@ -28,7 +28,8 @@ def pairwise(quality, phi, logp, alpha):
     log det(L + I) is 2.197 against 2.631.
     """
     k = quality.shape[1]
-    return alpha * (1 - gram(phi)).sum(-1) / (k - 1)  # (P, k); the diagonal adds 0
+    some = phi.any(-1, keepdim=True).float()  # (P, k, 1) a zero vector is at no distance
+    return alpha * (gram(some) - gram(phi)).sum(-1) / (k - 1)  # (P, k); the diagonal adds 0
 
 
 @objective(alpha=0.25, highest_alpha=1.0, embeds=False, smallest_group=(2, 2))
@@ -64,7 +65,7 @@ def darling(quality, phi, logp, alpha):
     linked, directly or through others, by cosines above alpha.
     """
     r, k = quality.clamp(min=0), quality.shape[1]
-    links = (gram(phi) > alpha).double()                                    # (P, k, k)
+    links = (cosines(phi) > alpha).double()                                  # (P, k, k)
     connected = links.matrix_power(k) > 0  # by a path of k links or fewer: L_ii links i to i
     size = connected.sum(-1)                                                # (P, k)
     return r * ((k - size) / (k - 1)).clamp(min=0.1) - r
@@ -74,7 +75,7 @@ def darling(quality, phi, logp, alpha):
 def dra(quality, phi, logp, alpha):
     """r becomes r / (sum_j max(L_ij, 0))^alpha, j = i included. DRA-GRPO, Chen et al. 2025."""
     r = quality.clamp(min=0)
-    return r * gram(phi).clamp(min=0).sum(-1) ** -alpha - r                 # (P, k)
+    return r * cosines(phi).clamp(min=0).sum(-1) ** -alpha - r              # (P, k)
 
 
 def load_objective(name):

@@ -7,12 +7,14 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.metrics import by_model
-from dqo import end_tokens
+from data.models import load_encoder
+from dqo import embed, end_tokens, gram, log_det, marginal_gains
 
 LABELS = dict(
     quality="quality",
@@ -260,3 +262,20 @@ def running_mean(values, width):
         around = values[max(0, i - reach):i + reach + 1]
         means.append(sum(around) / len(around))
     return means
+
+
+# --------------------------------------------------------------------- python dqo.py TEXT TEXT
+def show_texts(texts):
+    """Gram matrix, log det and marginal gains of some texts, as if they were one group."""
+    if len(texts) < 2:
+        print('dqo.py: give at least two texts: python dqo.py "one" "another"', file=sys.stderr)
+        return 2
+    phi, k = embed(load_encoder(), texts), len(texts)  # (k, D)
+    print("gain    Gram matrix L (cosines)")
+    for row, gain, text in zip(gram(phi).tolist(), marginal_gains(phi).tolist(), texts):
+        cosines = " ".join(f"{x:5.2f}" for x in row)
+        print(f"{gain:.3f}  {cosines}   {text}")
+    print(f"log det(L + I) = {log_det(phi):.3f}, between {math.log(1 + k):.3f} (all equal) "
+          f"and {k * math.log(2):.3f} (all orthogonal)")
+    print(f"a gain lies between {math.log(1 + 1 / k):.3f} and {math.log(2):.3f}")
+    return 0

@@ -25,48 +25,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from data.models import first_line, is_tiny
+from data.models import first_line
 from data.objectives import load_objective
-from dqo import BadInput, Config, option
-
-# What data/tiny was tuned to, and what any other model gets: a real one needs a small learning
-# rate and a KL penalty to stay fluent. (The tiny one, whose rewards are strict, does not.)
-TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
-OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256, micro_batch=16)
-
-
-# ------------------------------------------------------------------------------ configuration
-@dataclasses.dataclass
-class RunConfig(Config):
-    """The hyper-parameters, and what else a run needs. One flag per field."""
-
-    gradient_checkpointing: bool = option(
-        False, "keep fewer activations, compute them again: less memory, a third more time")
-    limit: int = option(0, "use only the first N prompts of each task; 0 = all", low=0)
-    prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
-    answer_key: str = option("answer", "name of the answer in a .jsonl row")
-    out: str | None = option(
-        None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
-    save_every: int = option(
-        100, "steps between checkpoints, of which the last two are kept", low=1)
-    overwrite: bool = option(False, "replace the run folder when it holds another run")
-    resume: str | None = option(None, "continue the run in this folder after its last "
-                                      "checkpoint; only --steps may be given beside it")
-
+from data.options import RunConfig
+from dqo import BadInput
 
 # What may differ between a run and its resumption.
 NOT_OF_THE_RUN = ("steps", "out", "overwrite", "resume", "save_every")
-
-
-def fill_defaults(config, prompts):
-    """Give every option that was left open its value for this model and data."""
-    if is_tiny(config.model):
-        defaults = TINY
-    else:
-        defaults = dict(OTHER, steps=math.ceil(prompts / config.prompts))
-    for name, value in defaults.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
 
 
 def resumed(given):

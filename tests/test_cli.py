@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dqo
 import eval as evaluation
 import train
-from data import objectives, runs
+from data import objectives, options, runs
 from data.models import load_encoder, load_model
-from data.report import plot_run, share_beyond_window
+from data.report import plot_run, share_beyond_window, show_texts
 from dqo import BadInput, sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def test_train(trained):
     assert set(samples[0]) == SAMPLE
     saved = json.loads((folder / "run/run.json").read_text())
     assert saved["config"]["k"] == 3
-    assert saved["config"]["lr"] == runs.TINY["lr"]
+    assert saved["config"]["lr"] == options.TINY["lr"]
     assert "torch" in saved["versions"]
     for word in ("quality", "average", "->", "python eval.py"):
         assert word in done.stdout
@@ -204,7 +204,7 @@ def test_an_objective_in_a_file(tmp_path):
         totals = []
         for s in group:
             length = len(tokenizer(s["response"], add_special_tokens=False).input_ids) + 1
-            length = min(length, runs.TINY["max_new_tokens"])  # + 1: the end token
+            length = min(length, options.TINY["max_new_tokens"])  # + 1: the end token
             lengths.add(length)
             totals.append(s["quality"] - 0.25 * length)
         centred = [total - sum(totals) / 3 for total in totals]
@@ -260,7 +260,7 @@ def test_dqo_on_texts(tmp_path):
     assert rows[1][1:3] == ["1.00", "1.00"]
     assert float(rows[1][0]) < float(rows[3][0])
     assert "log det" in done.stdout
-    assert dqo.main(["alone"]) == 2
+    assert show_texts(["alone"]) == 2
 
 
 # -------------------------------------------------------------------------------- bad input
@@ -342,14 +342,14 @@ def test_a_folder_that_is_called_tiny_is_any_model(tmp_path, monkeypatch):
 
     def resolved(model):
         config = runs.RunConfig(model=str(model), prompts=4)
-        runs.fill_defaults(config, 10)
-        return {name: getattr(config, name) for name in runs.TINY}
-    others = dict(runs.OTHER, steps=3)  # one pass over 10 prompts, 4 a step
+        options.fill_defaults(config, 10)
+        return {name: getattr(config, name) for name in options.TINY}
+    others = dict(options.OTHER, steps=3)  # one pass over 10 prompts, 4 a step
     copy = shutil.copytree(ROOT / "data/tiny", tmp_path / "tiny")
     assert resolved(copy) == others
     assert resolved("tiny") == others
-    assert resolved("data/tiny") == runs.TINY
-    assert resolved(ROOT / "data/tiny") == runs.TINY
+    assert resolved("data/tiny") == options.TINY
+    assert resolved(ROOT / "data/tiny") == options.TINY
 
 
 def test_batches_are_shuffled_passes():

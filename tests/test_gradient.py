@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from conftest import random_llama
 from data.objectives import pairwise
+from data.options import RunConfig
 from dqo import (
     OBJECTIVES,
     BadInput,
@@ -171,9 +172,9 @@ def test_two_responses_carry_no_diversity_signal():
     for name in ("dqo", "pairwise"):
         for baseline in ("mean", "std"):
             with pytest.raises(BadInput, match="k = 3"):
-                Config(objective=name, baseline=baseline, k=2).check()
-    Config(objective="dqo", baseline="none", k=2).check()
-    Config(objective="grpo", k=2).check()
+                RunConfig(objective=name, baseline=baseline, k=2).check()
+    RunConfig(objective="dqo", baseline="none", k=2).check()
+    RunConfig(objective="grpo", k=2).check()
 
 
 # --------------------------------------------------------- the same through a language model

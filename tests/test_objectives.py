@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
+from data.options import RunConfig
 from dqo import (
     OBJECTIVES,
     BadInput,
@@ -248,10 +249,10 @@ def test_entropy_does_not_push_correct_answers_down():
 def test_strengths_and_groups_that_make_no_sense_are_refused(options, message):
     """Too strong, too weak, too small a group, or a kernel that it does not have."""
     with pytest.raises(BadInput, match=message):
-        Config(**options).check()
+        RunConfig(**options).check()
 
 
 @pytest.mark.parametrize("name", ["likelihood", "entropy", "darling", "dra"])
 def test_two_responses_are_enough_for_these(name):
     """Only dqo and pairwise need a third: the mean baseline leaves these a signal at k = 2."""
-    Config(objective=name, k=2).check()
+    RunConfig(objective=name, k=2).check()

@@ -73,7 +73,7 @@ def worked_rows(text):
 
 def test_worked_group():
     shown = block(README, "$ python dqo.py").split("\n", 1)[1]
-    printed = output_of(lambda: dqo.main(["paris", "paris", "rome", "nairobi"]))
+    printed = output_of(lambda: show_texts(["paris", "paris", "rome", "nairobi"]))
     assert numbers(printed) == pytest.approx(numbers(shown), abs=0.011)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import bench
 import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
+from data.options import RunConfig
 from conftest import random_llama
 from dqo import (
     BadInput,
@@ -381,7 +382,7 @@ def test_an_unbounded_reward_is_centred_once_for_the_kernel_and_never_in_the_rew
 def test_an_unknown_name_is_refused(option):
     """A misspelt choice is answered with the list of choices."""
     with pytest.raises(BadInput, match="choose from"):
-        Config(**option).check()
+        RunConfig(**option).check()
 
 
 # --------------------------------------------------------------------------------- the memory

@@ -1,0 +1,72 @@
+"""The options of a run: those of the method (dqo.Config) and all else that train.py needs.
+
+Every field is a flag of train.py: `prompt_key` is `--prompt-key`.
+"""
+
+import dataclasses
+import math
+
+from data.models import is_tiny
+from dqo import MINILM, OBJECTIVES, BadInput, Config, option
+
+# What data/tiny was tuned to, and what any other model gets: a real one needs a small learning
+# rate and a KL penalty to stay fluent. (The tiny one, whose rewards are strict, does not.)
+TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
+OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256, micro_batch=16)
+
+
+@dataclasses.dataclass
+class RunConfig(Config):
+    """The hyper-parameters, and what else a run needs. One flag per field."""
+
+    # what is trained, on what, judged by whom
+    model: str = option("data/tiny", "causal language model: folder or hub id")
+    data: str = option("instruct,summarize,story,reason",
+                       "tasks by name, or a .jsonl file, https:// address or hub dataset")
+    reward: str | None = option(None, "a name, hf:MODEL, or file.py:function [the task's own]")
+    encoder: str = option(MINILM, "sentence-transformers model that measures diversity")
+    gradient_checkpointing: bool = option(
+        False, "keep fewer activations, compute them again: less memory, a third more time")
+    limit: int = option(0, "use only the first N prompts of each task; 0 = all", low=0)
+    prompt_key: str = option("prompt", "name of the prompt in a .jsonl row")
+    answer_key: str = option("answer", "name of the answer in a .jsonl row")
+    out: str | None = option(
+        None, "run folder [the next free of runs/OBJECTIVE, runs/OBJECTIVE-2, ...]")
+    save_every: int = option(
+        100, "steps between checkpoints, of which the last two are kept", low=1)
+    overwrite: bool = option(False, "replace the run folder when it holds another run")
+    resume: str | None = option(None, "continue the run in this folder after its last "
+                                      "checkpoint; only --steps may be given beside it")
+
+    def check(self):
+        """Refuse what cannot work, with one line that says what to change."""
+        for f in dataclasses.fields(self):
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            low, choices = f.metadata.get("low"), f.metadata.get("choices")
+            if low is not None and value is not None and not low <= value < 2 ** 63:  # or NaN
+                raise BadInput(f"{flag} is {value}: it must be at least {low}, and below 2**63")
+            if choices and value not in choices:
+                raise BadInput(f"{flag} is {value}: choose from {', '.join(choices)}")
+        bonus = OBJECTIVES[self.objective]
+        smallest = bonus.smallest_group[0 if self.baseline == "none" else 1]
+        if self.k < smallest:
+            raise BadInput(
+                f"--k {self.k}: {self.objective} with --baseline {self.baseline} carries no "
+                f"signal of its own below k = {smallest}; use that or more")
+        if self.alpha > bonus.highest_alpha:
+            raise BadInput(f"--alpha {self.alpha}: for {self.objective} it must be at most "
+                           f"{bonus.highest_alpha}")
+        if self.kernel == "quality" and self.objective != "dqo":
+            raise BadInput("--kernel quality is defined for --objective dqo only, "
+                           f"not for {self.objective}")
+
+
+def fill_defaults(config, prompts):
+    """Give every option that was left open its value for this model and data."""
+    if is_tiny(config.model):
+        defaults = TINY
+    else:
+        defaults = dict(OTHER, steps=math.ceil(prompts / config.prompts))
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
