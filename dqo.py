@@ -37,7 +37,7 @@ not in the loss; and the loss is divided by a constant, not by the lengths of th
 Shapes: P prompts, k responses each, B = P * k; N prompt tokens, T response tokens, S = N + T,
 V vocabulary, D embedding width. Row i * k + j of a (B, ...) tensor is response j of prompt i.
 
-    python dqo.py "the cat sat" "a cat was sitting" "stocks fell sharply"   # try it on texts
+    python dqo.py "paris" "paris" "rome" "nairobi"      # L, log det and gains of any texts
 """
 
 import contextlib
@@ -57,8 +57,8 @@ class BadInput(ValueError):
     """The user gave something wrong. One line: what, where, what to do. Exit status 2."""
 
 
-# ========================================= PART 1: THE METHOD
-# ----------------------------------------------------- volume
+# ============================= PART 1: THE METHOD
+# ----------------------------------------- volume
 def gram(phi):
     """L_ij = <phi_i, phi_j>: (..., k, D) -> (..., k, k)."""
     return phi @ phi.transpose(-1, -2)
@@ -101,14 +101,14 @@ def quality_weighted(phi, q):
     return phi * q.to(phi.dtype).sqrt()[..., None]
 
 
-# ------------------------------------------------- advantages
+# ------------------------------------- advantages
 def advantages(quality, bonus, baseline):
     """quality + bonus minus a baseline over the prompt's own group, dimension 1: (P, k, ...).
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean: exactly the gradient of J_{k-1}, with lower variance (default)
-    std   also divided by the group's standard deviation, as GRPO was published. That is the
-          gradient of nothing, and blows up tiny gains where all qualities are equal
+    std   also divided by the group's standard deviation, as in GRPO. That is the gradient of
+          nothing, and blows up tiny gains where all qualities are equal
 
     Why k - 1? Let F be log det(L + I), F_{-j} the same without response j, g_j = F - F_{-j},
     and s_i = grad log pi(y_i). In expectation E[s_i F_{-i}] = 0, so
@@ -129,9 +129,9 @@ def advantages(quality, bonus, baseline):
     return centred / (total.std(dim=1, keepdim=True) + 1e-4)
 
 
-# --------------------------------------------------- the loss
+# --------------------------------------- the loss
 def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2):
-    """The surrogate whose gradient is the policy gradient. Returns it and a dict of sums.
+    """The surrogate whose gradient is the policy gradient, and a dict of sums.
 
     logp:        (B, T) log pi of each token, with gradient
     advantages:  (B,), or (B, T) with a weight per token
@@ -159,7 +159,7 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     }
 
 
-# --------------------------------------------- the objectives
+# --------------------------------- the objectives
 OBJECTIVES = {}  # by name. data/objectives.py adds those of other papers
 
 
@@ -195,7 +195,7 @@ def dqo(quality, phi, logp, alpha):
     return alpha * marginal_gains(phi)  # (P, k)
 
 
-# ------------------------------------------------ the options
+# ------------------------------------ the options
 def option(default, meaning, **limits):
     """A field of Config and its help text. train.py makes a flag of it."""
     return field(default=default, metadata={"help": meaning, **limits})
@@ -226,19 +226,18 @@ class Config:
     micro_batch: int | None = option(None, "responses per backward pass, 0 = all "
                                            "[tiny: 32, else 16]", low=0)
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")
-    template_args: dict | None = option(None, "for the chat template, as JSON: "
-                                              '{"enable_thinking": false}')
+    template_args: dict | None = option(None, 'of the template: {"enable_thinking": false}')
     seed: int = option(0, "random seed", low=0)
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise BadInput(f"--objective is {self.objective}: choose from {', '.join(OBJECTIVES)}; "
-                           "data/objectives.py has more, once it is imported")
+                           "import data.objectives for more")
         if self.alpha is None:
             self.alpha = OBJECTIVES[self.objective].alpha
 
 
-# --------------------------------------------- the whole step
+# --------------------------------- the whole step
 def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
              reference=None, memory=None):
     """One step of the algorithm: sample, judge, embed, weigh, update. Returns metrics.
@@ -319,7 +318,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
 
 
 def summary(rows, rollout, quality, bonus, penalty, gain, advantage):
-    """What the log says of the responses of a step, (P, k) each, and the responses themselves.
+    """What the log says of the responses of a step, and the responses themselves.
 
     The `..._std` are mean standard deviations within groups: how much each term decides.
     """
@@ -420,10 +419,8 @@ def squashed(quality, reward, memory, check):
 
 
 def finite_check(rows, texts):
-    """A check that names the first response with a value out of range, infinite or NaN.
-
-    Without it, one NaN would soon be in every weight.
-    """
+    """A check that names the first response with a value out of range, infinite or NaN: one
+    NaN would soon be in every weight."""
     def check(what, values, responses=None, low=-1e38, high=1e38):
         for j, value in enumerate(values.flatten().tolist()):
             if not low <= value <= high:
@@ -445,8 +442,8 @@ def stopwatch(device):
     return tick
 
 
-# ====================================== PART 2: THE MACHINERY
-# --------------------------------------------------- sampling
+# ========================== PART 2: THE MACHINERY
+# --------------------------------------- sampling
 # `model.generate` would do. This loop keeps the log-probabilities it draws from, runs each
 # prompt once instead of k times, and lets responses leave the batch when they have ended.
 
@@ -484,20 +481,24 @@ class Rollout:
 
 
 def prompt_ids(tokenizer, prompt, plain=False, template_args=None):
-    """Token ids of a prompt: a text, or a list of chat messages.
+    """Token ids of a prompt: a text, or chat messages; a last one of the assistant goes on.
 
     Text goes through the chat template if there is one. A template writes its own start
-    token, so it must return ids: as text, a second start token would be added.
+    token, so it must return ids: as text, a second one would be added.
     """
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return prompt  # they are token ids already
     if isinstance(prompt, str):
         if plain or not tokenizer.chat_template:
-            return list(tokenizer(prompt).input_ids)
+            ids = list(tokenizer(prompt).input_ids)
+            if ids[1:] and ids[-1:] == tokenizer("").input_ids[-1:]:
+                ids.pop()  # this tokenizer ends every text, but a prompt must stay open
+            return ids
         prompt = [{"role": "user", "content": prompt}]
+    begun = prompt[-1]["role"] == "assistant"
     return list(tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False,
-        **(template_args or {})))
+        prompt, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True,
+        return_dict=False, **(template_args or {})))
 
 
 def end_tokens(model, tokenizer):
@@ -531,7 +532,7 @@ def positions(attention_mask):
 def log_softmax(logits, temperature):
     """(..., V) -> (..., V) float32. Sampling and scoring share it: with two temperatures the
     gradient would be that of another policy."""
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+    return torch.log_softmax(logits.float() / (temperature or 1), dim=-1)
 
 
 def draw(log_probs, u):
@@ -613,6 +614,8 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
             # Numbers for all B rows, so that a row's do not depend on which others have left.
             u = torch.rand(B, dtype=torch.float64, device=device)[alive]  # (R,)
             token = draw(log_probs, u)  # (R, 1)
+            if temperature == 0:
+                token = log_probs.argmax(1, keepdim=True)
             tokens[alive, N + t] = token[:, 0]
             attention_mask[alive, N + t] = 1
             logp[alive, t] = log_probs.gather(1, token)[:, 0]
@@ -642,15 +645,16 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     return Rollout(tokens, attention_mask, N, mask, logp[:, :longest], texts, ~is_end.any(1))
 
 
-# -------------------------------------------------- embedding
+# -------------------------------------- embedding
 def embed(encoder, texts, known=None):
     """Sentence embeddings of length 1, (B, D) float32 on the CPU.
 
     encoder:  anything with sentence-transformers' `.encode(list of str)`
     known:    a dict that the caller keeps. Equal texts are encoded once, with it also from
-              call to call; otherwise the encoder takes nearly half of a step on a CPU.
+              call to call: the encoder is nearly half of a step on a CPU.
 
-    Only the response is embedded: the prompt, common to a group, would make all k alike.
+    Only the response is embedded: the prompt, common to a group, would make all k alike. A
+    zero vector (an empty text, to some encoders) stays one: it spans and gains nothing.
     """
     texts = [text.rpartition("</think>")[2] for text in texts]  # what a thinking model answers
     known = {} if known is None else known
@@ -663,7 +667,7 @@ def embed(encoder, texts, known=None):
     return torch.stack([known[text] for text in texts])  # (B, D)
 
 
-# ---------------------------------------------------- scoring
+# ---------------------------------------- scoring
 def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     """log pi of each response token, (B, T), differentiable once; 0 outside rollout.mask.
 
@@ -745,6 +749,6 @@ class PickedLogProbs(torch.autograd.Function):
         return ctx.saved_tensors[0].mul_(grad[:, None]), None, None, None
 
 
-if __name__ == "__main__":  # the idea on any texts: Gram matrix, log det, gains
+if __name__ == "__main__":
     from data.report import show_texts
     sys.exit(show_texts(sys.argv[1:]))

@@ -8,12 +8,14 @@ standard error over prompts. Higher is more diverse for all diversity metrics. W
 Vendi and cosine distance live in the space that DQO optimises, and distinct-n and self-BLEU love
 gibberish. Judge by quality, pass@n, distinct correct and effective semantic diversity.
 
-The metrics themselves are in data/metrics.py, table and picture in data/report.py.
+The metrics are in data/metrics.py, the table is in data/report.py, the picture in pictures.py.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import terminal
 from data.metrics import group_metrics, mean_and_se
-from data.models import is_tiny, load_encoder, load_model
+from data.models import is_tiny, json_object, load_encoder, load_model, memory_hint
 from data.options import RunConfig
+from data.pictures import plot
 from data.prompts import load_rows, prepare
-from data.report import plot, table
-from data.scoring import check_rows, load_reward
+from data.report import table, window_warning
+from data.runs import seed_everything, to_json
+from data.scoring import check_rows, load_reward, threshold_of
 from dqo import BadInput, embed, prompt_ids, sample, token_logps
 
 
@@ -39,6 +44,8 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
     plain: bool = False  # no chat template
+    template_args: dict | None = None  # for the chat template
+    batch: int = 256  # responses at once: what they draw depends on it
 
 
 @dataclass
@@ -57,9 +64,9 @@ def evaluate(name, policy, judges, records, sampling, keep=None):
     policy: (model, tokenizer)
     keep:   a list that receives {model, task, prompt, response, quality} of every response
     """
-    torch.manual_seed(sampling.seed)
+    seed_everything(sampling.seed)
     by_task = {}
-    batch = max(1, 256 // sampling.n)  # in prompts: at most 256 responses at once
+    batch = max(1, sampling.batch // sampling.n)  # in prompts
     starts = range(0, len(records), batch)
     for i in tqdm(starts, desc=f"eval {name}", leave=False, disable=None):
         part = records[i:i + batch]
@@ -73,7 +80,8 @@ def evaluate(name, policy, judges, records, sampling, keep=None):
     results = []
     for task, metrics in by_task.items():
         mean, se = mean_and_se(metrics)
-        about = dict(model=name, task=task, prompts=len(metrics), n=sampling.n)
+        about = dict(model=name, task=task, prompts=len(metrics), n=sampling.n,
+                     threshold=threshold_of(judges.reward, task))
         results.append(dict(**about, **mean, se=se))
     return results
 
@@ -82,7 +90,8 @@ def measure(policy, judges, records, sampling):
     """One batch: (metrics, [{response, quality}, ...]) of each record's n responses."""
     model, tokenizer = policy
     n = sampling.n
-    ids = [prompt_ids(tokenizer, record["prompt"], sampling.plain) for record in records]
+    ids = [prompt_ids(tokenizer, record["prompt"], sampling.plain, sampling.template_args)
+           for record in records]
     rollout = sample(model, tokenizer, ids, n, sampling.max_new_tokens, sampling.temperature)
     each = [record for record in records for _ in range(n)]  # the record of each response
     prompts = [record["prompt"] for record in each]
@@ -92,7 +101,8 @@ def measure(policy, judges, records, sampling):
     for i in range(0, len(each), n):
         group = slice(i, i + n)
         texts, quality = rollout.texts[group], scores[group]
-        metrics = group_metrics(texts, quality, phi[group])
+        threshold = threshold_of(judges.reward, each[i]["task"])
+        metrics = group_metrics(texts, quality, phi[group], threshold)
         tokens = rollout.mask[group].sum().item()
         metrics["mean_tokens"] = tokens / n
         metrics["truncated"] = rollout.truncated[group].sum().item() / n
@@ -119,15 +129,21 @@ def flags():
                         "or a hub dataset")
     p.add_argument("--reward",
                    help="reward by name, hf:MODEL, or file.py:function [the task's own]")
+    p.add_argument("--threshold", type=float, help="quality of what is correct [the reward's]")
     p.add_argument("--encoder", default=d.encoder, help="sentence-transformers model")
+    p.add_argument("--encoder-prompt", help="what the encoder reads before each response")
     p.add_argument("--n", type=int, default=16, help="responses per prompt [16]")
-    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--batch", type=int, default=256, help="responses sampled at once [256]")
+    p.add_argument("--temperature", type=float, default=1.0, help="[1]; 0: the likeliest tokens")
     p.add_argument("--max-new-tokens", type=int,
                    help="longest response [that of the runs; data/tiny alone: 24; else 256]")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, default=0,
                    help="only the first N prompts of each task")
+    p.add_argument("--skip-long", action="store_true",
+                   help="leave out prompts that are too long for a model's context")
     p.add_argument("--plain", action="store_true", help="no chat template")
+    p.add_argument("--template-args", help="for the chat template, as JSON")
     p.add_argument("--prompt-key", default="prompt")
     p.add_argument("--answer-key", default="answer")
     p.add_argument("--judge", metavar="MODEL",
@@ -151,7 +167,7 @@ def default_max_new_tokens(names):
             if (folder / "run.json").is_file():
                 runs.append(folder / "run.json")
     try:
-        found = [int(json.loads(run.read_text())["config"]["max_new_tokens"]) for run in runs]
+        found = [int(run_json(run)["config"]["max_new_tokens"]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         files = " or ".join(map(str, runs))
         raise BadInput(f"{files} is not the run.json of a run "
@@ -161,22 +177,25 @@ def default_max_new_tokens(names):
     return 24 if all(map(is_tiny, names)) else 256
 
 
+def run_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def check(args):
     """Refuse what cannot work before anything is loaded."""
     if args.limit < 0:
         raise BadInput(f"--limit {args.limit}: it must be at least 0 (all)")
-    if args.n < 2:
-        raise BadInput(f"--n {args.n}: diversity needs at least 2 responses per prompt")
-    for path in filter(None, (args.json, args.plot, args.samples)):
-        folder = Path(path).resolve().parent
-        if not folder.is_dir():
-            raise BadInput(f"cannot write {path}: no folder {folder}")
-        if Path(path).is_dir():
-            raise BadInput(f"cannot write {path}: it is a folder")
+    if args.batch < 1:
+        raise BadInput(f"--batch {args.batch}: it must be at least 1")
+    if args.n < 1:
+        raise BadInput(f"--n {args.n}: it must be at least 1")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise BadInput("--plot needs one more package: pip install matplotlib")
+    terminal.check_writable(args.json, args.samples, args.plot)
     RunConfig(
-        temperature=args.temperature,
+        temperature=args.temperature or 1.0,  # 0 is for measuring only
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     ).check()
@@ -185,27 +204,57 @@ def check(args):
 def compare(args):
     check(args)
     length = args.max_new_tokens or default_max_new_tokens(args.models)
-    sampling = Sampling(args.n, length, args.temperature, args.seed, args.plain)
+    template_args = json_object("--template-args", args.template_args)
+    sampling = Sampling(args.n, length, args.temperature, args.seed, args.plain, template_args,
+                        args.batch)
     records = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
-    reward = load_reward(args.reward, args.data)
+    reward = load_reward(args.reward, args.data, args.threshold)
     check_rows(records, reward)
-    judges = Judges(load_encoder(args.encoder), reward)
+    judges = Judges(load_encoder(args.encoder, prompt=args.encoder_prompt), reward)
     if args.judge:
         judges.fluency = load_model(args.judge)[0]
-    results, kept = [], []
-    for name in args.models:
+
+    def loaded(name, records):
+        """(model and tokenizer, the records that fit), or BadInput."""
         policy = load_model(name)
-        prepare(records, *policy, length, args.plain)
+        fit = prepare(records, *policy, length, args.plain, template_args, args.skip_long)
         if args.judge and vocabulary(judges.fluency) != vocabulary(policy[0]):
             raise BadInput(f"--judge {args.judge}: its vocabulary is not that of {name}")
-        results += evaluate(name, policy, judges, records, sampling, kept)
+        return policy, fit
+
+    fit = records
+    for name in args.models[1:]:  # before the first is measured: one may be misspelt
+        _, fit = loaded(name, fit)
+    results, kept, last_words, faults = [], [], [], []
+    for name, label in zip(args.models, labels(args.models)):
+        policy, fit = loaded(name, fit)
+        first = len(kept)
+        results += evaluate(label, policy, judges, fit, sampling, kept)
+        texts = [line["response"] for line in kept[first:]]
+        last_words.append(window_warning(judges.encoder, texts, f"responses of {label}"))
+        faults = terminal.write_each({  # already now: the next model may fail
+            args.json: lambda path: path.write_text(to_json(results, indent=1), "utf-8"),
+            args.samples: lambda path: path.write_text("".join(map(json_line, kept)), "utf-8"),
+            args.plot: lambda path: plot(results, path)})
+    if args.skip_long:
+        print(f"{len(records) - len(fit)} of {len(records)} prompts were skipped: too long")
     print(table(results))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
-    if args.samples:
-        Path(args.samples).write_text("".join(json.dumps(line) + "\n" for line in kept))
-    if args.plot:
-        plot(results, args.plot)
+    for line in filter(None, last_words):
+        print(line)
+    if faults:
+        raise BadInput("; ".join(faults))
+
+
+def labels(names):
+    """Columns of the table: the same model named twice is two of them."""
+    seen = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})"
+
+
+def json_line(value):
+    return to_json(value) + "\n"
 
 
 def vocabulary(model):
@@ -213,15 +262,11 @@ def vocabulary(model):
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input."""
-    try:
-        compare(flags().parse_args(argv))
-    except BadInput as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Exit status: 0 done, 2 bad input, else see data/terminal.py."""
+    def work():
+        with memory_hint("a smaller --batch or --max-new-tokens needs less"):
+            compare(flags().parse_args(argv))
+    return terminal.run("eval.py", work)
 
 
 if __name__ == "__main__":

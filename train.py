@@ -10,20 +10,23 @@ reads flags, feeds prompts and shows progress.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import json
 import random
 import shlex
 import sys
 import time
+import traceback
 import typing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import options, report, runs
-from data.models import first_line, is_tiny, load_encoder, load_model
+from data import lora, options, pictures, report, runs, terminal
+from data.models import json_object, load_encoder, load_model, memory_hint
 from data.objectives import load_objective
 from data.options import RunConfig
 from data.prompts import load_rows, prepare
@@ -35,9 +38,13 @@ from eval import Judges, Sampling, evaluate
 EVAL_PROMPTS, EVAL_N = 32, 16  # the last table: test prompts per task at most, responses each
 
 
+TOO_LARGE = ("the weights, their gradients and AdamW's state take 16 bytes per parameter, and with "
+             "--beta above 0 the reference more: a smaller --model, or --lora 16, needs less")
+
+
 # -------------------------------------------------------------------------------------- flags
 def parse(argv=None):
-    """RunConfig from the command line. With --resume it comes from the run, but for --steps."""
+    """RunConfig from the command line. With --resume it comes from the run, but for a few."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
@@ -47,15 +54,18 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))  # only what was given, see `add_flag`
     if "objective" in given:
         load_objective(given["objective"])
+    if "template_args" in given:
+        given["template_args"] = json_object("--template-args", given["template_args"])
     config = RunConfig(**given)
-    if config.resume is not None:
-        for name in given:
-            if name not in ("resume", "steps"):
-                raise BadInput(f"{flag(name)} cannot be given with --resume: everything but "
-                               f"--steps is taken from {config.resume}/run.json")
-        config = runs.resumed(config)
     config.check()
-    return config
+    if config.resume is None:
+        return config
+    for name in given:
+        if name not in ("resume", *runs.CHANGEABLE):
+            raise BadInput(f"{flag(name)} cannot be given with --resume: everything but "
+                           f"{', '.join(map(flag, runs.CHANGEABLE))} is taken from "
+                           f"{config.resume}/run.json")
+    return runs.resumed(**given)
 
 
 def flag(name):
@@ -73,7 +83,8 @@ def add_flag(parser, field, hint):
                             help=meaning)
         return
     kinds = typing.get_args(hint) or (hint,)  # int | None -> int, NoneType
-    parser.add_argument(flag(field.name), type=kinds[0], default=argparse.SUPPRESS,
+    kind = str if kinds[0] is dict else kinds[0]  # JSON: `parse` reads it
+    parser.add_argument(flag(field.name), type=kind, default=argparse.SUPPRESS,
                         choices=field.metadata.get("choices"), help=meaning)
 
 
@@ -98,7 +109,7 @@ def load_prompts(config):
     rows = load_rows(config.data, "train", config.limit, *keys)
     test_limit = min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS)
     test_rows = load_rows(config.data, "test", test_limit, *keys)
-    reward = load_reward(config.reward, config.data)
+    reward = load_reward(config.reward, config.data, config.threshold)
     check_rows(rows + test_rows, reward)
     return rows, test_rows, reward
 
@@ -106,19 +117,24 @@ def load_prompts(config):
 # ----------------------------------------------------------------------------------- training
 def train(config):
     """Everything, from files to the table at the end. Returns the exit status."""
+    with contextlib.ExitStack() as held:  # the run folder, against a second process
+        return train_alone(config, held)
+
+
+def train_alone(config, held):
     out, done, start_from = None, 0, config.model
     if config.resume:
         out = Path(config.out)
         done = runs.last_step(out, config.steps)
+        held.enter_context(runs.locked(out))
         start_from = f"{out}/checkpoints/step-{done}"
     rows, test_rows, reward = load_prompts(config)
-    model, tokenizer = load_model(start_from)
+    model, tokenizer = policy(config, start_from)
+    rows, test_rows = fitting(config, model, tokenizer, rows, test_rows)
     options.fill_defaults(config, len(rows))
-    prepare(rows + test_rows, model, tokenizer, config.max_new_tokens, config.plain)
-    encoder, optimizer = load_encoder(config.encoder), optimizer_of(model, config)
-    setup = Setup(model, tokenizer, encoder, reward, optimizer)
-    if config.beta > 0:
-        setup.reference = load_model(config.model)[0].requires_grad_(False)
+    encoder = load_encoder(config.encoder, prompt=config.encoder_prompt)
+    setup = Setup(model, tokenizer, encoder, reward, optimizer_of(model, config))
+    setup.reference = reference(config, model)
 
     if config.resume:
         runs.restore(out, done, config, setup)
@@ -127,27 +143,71 @@ def train(config):
             runs.cut_log(out / "samples.jsonl", done)
         runs.write_run(out, config)  # --steps may be new
     else:
-        out = runs.open_run(config)
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
+        out = runs.open_run(config, held)
+        runs.seed_everything(config.seed)
         runs.save_checkpoint(out, 0, config, setup, runs.random_state())
 
-    report.introduce(config, model, tokenizer, rows, done)
+    report.introduce(config, model, tokenizer, rows, done, reward)
+    start = time.time()
     status = loop(config, out, done, setup, rows)
     if status:
         return status
     with runs.explained(f"cannot save the model to {out}"):
-        model.save_pretrained(out)
+        trained(config, model).save_pretrained(out)
         tokenizer.save_pretrained(out)
-    conclude(config, setup, test_rows)
+    print(f"\ntrained {config.steps - done} steps in {time.time() - start:.0f} s")
+    with memory_hint(f"training is over, and the model is in {out}; for a table: python eval.py "
+                     f"{shlex.quote(config.model)} {shlex.quote(str(out))} --batch 64"):
+        conclude(config, setup, test_rows)
     return 0
+
+
+def fitting(config, model, tokenizer, *parts):
+    """The training and the test rows that the model can be given, with --skip-long only those
+    that are not too long."""
+    length = config.max_new_tokens or options.defaults_of(config)["max_new_tokens"]
+    fit = [prepare(rows, model, tokenizer, length, config.plain, config.template_args,
+                   config.skip_long) for rows in parts]
+    if config.skip_long:
+        total = sum(map(len, parts))
+        print(f"{total - sum(map(len, fit))} of {total} prompts, training and test, are skipped: "
+              "too long")
+    return fit
+
+
+def policy(config, start_from):
+    """(the model to train, its tokenizer), as after the step of a checkpoint or from the start.
+    With --lora the checkpoint holds the adapters alone, which `runs.restore` loads."""
+    if not config.lora:
+        return load_model(start_from)
+    lora.peft()  # is it there? A large model takes minutes to load
+    model, tokenizer = load_model(config.model)
+    return lora.with_adapters(model, config.model, config.lora, config.seed), tokenizer
+
+
+def reference(config, model):
+    """The starting model, or None if nothing needs it."""
+    if config.lora:
+        return lora.AdaptersOff(model)
+    if config.beta > 0:
+        return load_model(config.model)[0].requires_grad_(False)
+    return None
+
+
+def trained(config, model):
+    """The model that the run ends in: with --lora, the adapters of the last checkpoint merged
+    into another copy of the model, on the CPU, since the table compares with them off."""
+    if config.lora:
+        return load_model(f"{config.out}/checkpoints/step-{config.steps}", "cpu")[0]
+    return model
 
 
 def optimizer_of(model, config):
     if config.gradient_checkpointing:  # transformers before 5.20 has the old name only
         new_name = getattr(model, "activation_checkpointing_enable", None)
         (new_name or model.gradient_checkpointing_enable)()
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]  # with --lora a few
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
 
 
 def learning_rate(config, step):
@@ -165,9 +225,15 @@ def loop(config, out, done, setup, rows):
             for group in setup.optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             metrics, samples = one_step(config, out, step, setup, rows)
-            show_progress(bar, step, metrics, (time.time() - start) / (step - done))
-            if step == 1 or step % max(1, config.steps // 4) == 0:
-                report.show_group(step, samples[:config.k], metrics)
+            try:
+                show_progress(bar, step, metrics, (time.time() - start) / (step - done))
+                if step == 1 or step % max(1, config.steps // 4) == 0:
+                    report.show_group(step, samples[:config.k], metrics)
+                if step == 1:
+                    report.after_first_step(metrics, samples, config, setup.reward)
+            except OSError:  # nobody reads on, as in `| head`: it is taken as Ctrl-C is
+                terminal.abandon_closed_pipes()
+                received.append(terminal.SIGPIPE)
             if step % config.save_every == 0 or step == config.steps or received:
                 # after the logs of the step, see `cut_log`
                 runs.save_checkpoint(out, step, config, setup, runs.random_state())
@@ -175,9 +241,9 @@ def loop(config, out, done, setup, rows):
                 break
     if received and step < config.steps:
         print(f"\nstopped after step {step}, everything is saved. To go on:\n"
-              f"  python train.py --resume {shlex.quote(str(out))}")
+              f"  python train.py --resume {shlex.quote(str(out))}",
+              file=sys.stderr if terminal.SIGPIPE in received else sys.stdout)
         return 128 + received[0]
-    print(f"\ntrained {config.steps - done} steps in {time.time() - start:.0f} s")
     return 0
 
 
@@ -186,13 +252,15 @@ def one_step(config, out, step, setup, rows):
     began, before = time.time(), runs.random_state()
     batch = batch_of(rows, step, config.prompts, config.seed)
     try:
-        metrics = dqo_step(setup.model, setup.tokenizer, setup.encoder, setup.reward,
-                           setup.optimizer, batch, config, setup.reference, setup.memory)
+        with memory_hint(functools.partial(less_memory, config)):
+            metrics = dqo_step(setup.model, setup.tokenizer, setup.encoder, setup.reward,
+                               setup.optimizer, batch, config, setup.reference, setup.memory)
     except BadInput as error:
         if config.epochs == 1:  # raised before the weights were touched
             runs.save_checkpoint(out, step - 1, config, setup, before)
         last = max(runs.checkpoints(out))
-        raise BadInput(f"step {step}: {error}; --resume {out} goes on after step {last}") from None
+        raise BadInput(f"step {step}: {error}; --resume {shlex.quote(str(out))} goes on after "
+                       f"step {last}") from None
     samples = metrics.pop("samples")
     texts = [sample["response"] for sample in samples]
     metrics["step_s"] = time.time() - began
@@ -200,6 +268,21 @@ def one_step(config, out, step, setup, rows):
     runs.append(out / "metrics.jsonl", [dict(step=step, **metrics)])
     runs.append(out / "samples.jsonl", [dict(step=step, **sample) for sample in samples])
     return metrics, samples
+
+
+def less_memory(config, error):
+    """What to do when a step did not fit into memory."""
+    while_sampling = any(x.name == "sample" for x in traceback.extract_tb(error.__traceback__))
+    size = config.micro_batch or config.prompts * config.k
+    if while_sampling or (size == 1 and config.gradient_checkpointing):
+        return "a new run with a smaller --prompts, --k or --max-new-tokens needs less"
+    resume = f"python train.py --resume {shlex.quote(config.out)}"
+    ways = []
+    if size > 1:
+        ways.append(f"{resume} --micro-batch {size // 2}")
+    if not config.gradient_checkpointing:
+        ways.append(f"{resume} --gradient-checkpointing")
+    return f"what needs less: {', or '.join(ways)}"
 
 
 def show_progress(bar, step, metrics, pace):
@@ -217,12 +300,13 @@ def show_progress(bar, step, metrics, pace):
 def conclude(config, setup, rows):
     """The table base -> trained on the test prompts, a picture, and what to type next."""
     base = setup.reference or load_model(config.model)[0]
-    sampling = Sampling(EVAL_N, config.max_new_tokens, config.temperature, plain=config.plain)
+    sampling = Sampling(EVAL_N, config.max_new_tokens, config.temperature, plain=config.plain,
+                        template_args=config.template_args)
     judges = Judges(setup.encoder, setup.reward)
     before = evaluate("base", (base, setup.tokenizer), judges, rows, sampling)
     after = evaluate("trained", (setup.model, setup.tokenizer), judges, rows, sampling)
+    picture = pictures.plot_run(config.out)
     print(report.change(before, after))
-    picture = report.plot_run(config.out)
     if picture:
         print(f"\nthe curves of the run: {picture}")
     print(next_commands(config))
@@ -230,13 +314,13 @@ def conclude(config, setup, rows):
 
 def next_commands(config):
     """A comparison with `grpo` shows what diversity changed; after one with grpo, the other."""
-    usual = vars(RunConfig(objective=config.objective)) | (
-        options.TINY if is_tiny(config.model) else options.OTHER)
+    usual = vars(RunConfig(objective=config.objective)) | options.defaults_of(config)
     ours = ("objective", "alpha", "kernel", "out", "overwrite", "resume")
     same = flags_that_differ(config, usual, [name for name in usual if name not in ours])
     if config.objective == "grpo":
         return f"\nnext, the same with diversity:\n  python train.py{same}"
-    of_eval = ("data", "reward", "encoder", "temperature", "plain", "prompt_key", "answer_key")
+    of_eval = ("data", "reward", "encoder", "encoder_prompt", "temperature", "plain",
+               "template_args", "prompt_key", "answer_key", "skip_long")
     other = shlex.quote(f"{config.out}-grpo")
     models = f"{shlex.quote(config.model)} {shlex.quote(config.out)} {other}"
     return (
@@ -252,24 +336,20 @@ def flags_that_differ(config, usual, names):
     for name, value in vars(config).items():
         if name in names and value != usual[name]:
             line += f" {flag(name)}"
+            if isinstance(value, dict):
+                value = json.dumps(value)
             if value is not True:
                 line += f" {shlex.quote(str(value))}"
     return line
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input, 130 or 143 after SIGINT or SIGTERM, all saved."""
-    try:
-        return train(parse(argv))
-    except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: {first_line(error)} (use a smaller --micro-batch, or "
-              "--gradient-checkpointing)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
-        return 130
+    """Exit status: 0 done, 2 bad input, 130 or 143 after SIGINT or SIGTERM, 141 when nobody reads
+    the output any more, all saved."""
+    def work():
+        with memory_hint(TOO_LARGE):
+            return train(parse(argv))
+    return terminal.run("train.py", work)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ The optimizer's state shrinks with the number of trained weights, and the model 
 adapters off is the starting model: no second copy for the KL penalty.
 """
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,11 +33,20 @@ def with_adapters(model, name, rank, seed):
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0,
         task_type="CAUSAL_LM")
     try:
-        model = peft().get_peft_model(model, config)
+        with quiet():
+            model = peft().get_peft_model(model, config)
     except ValueError as error:
         raise BadInput(f"--lora {rank}: {error}") from None
     config.base_model_name_or_path = name
     return model
+
+
+@contextlib.contextmanager
+def quiet():
+    """peft warns of what it then does right."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class AdaptersOff:
@@ -71,4 +82,5 @@ def base_of(folder):
 
 def merged(model, folder):
     """The model with saved adapters added to its matrices: an ordinary model again."""
-    return peft().PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with quiet():
+        return peft().PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

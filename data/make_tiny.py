@@ -270,7 +270,7 @@ def write_tasks(rng):
     train, test = {}, set()
     for task, rows in tasks.items():
         kept = [json.dumps(row) + "\n" for i, row in enumerate(rows) if for_rl(task, i, row)]
-        (HERE / f"{task}.jsonl").write_text("".join(kept))
+        (HERE / f"{task}.jsonl").write_text("".join(kept), "utf-8")
         train[task] = [row for row in rows if row["split"] == "train"]
         test |= {row["prompt"] for row in rows if row["split"] == "test"}
     return train, test

@@ -60,7 +60,10 @@ def distinct_n(texts, n):
 
 
 def self_bleu(texts):
-    """Mean BLEU-4 of each response against the others (Zhu et al. 2018). 1 if all are equal."""
+    """Mean BLEU-4 of each response against the others (Zhu et al. 2018). 1 if all are equal,
+    NaN if there are no others, as for all that compares."""
+    if len(texts) < 2:
+        return math.nan
     counts = []  # of each text: how often each of its n-grams occurs, for n from 1 to 4
     for text in texts:
         tokens = words(text)
@@ -105,6 +108,8 @@ def lcs(a, b):
 
 def self_rouge(texts):
     """Mean ROUGE-L F1 over all pairs of a group. 1 if all are equal."""
+    if len(texts) < 2:
+        return math.nan
     tokens = [words(text) or [""] for text in texts]
     f1 = []
     for i, a in enumerate(tokens):
@@ -135,12 +140,12 @@ def max_at_n(scores, n):
 # -------------------------------------------------------------------------------- embeddings
 # phi: (k, D) unit-norm, one row per response
 def cosines(phi):
-    """(..., k, D) -> (..., k, k): `gram`, in which two zero vectors are alike.
+    """(k, D) -> (k, k): `gram`, in which two zero vectors are alike.
 
-    Some encoders give an empty text the zero vector. It spans no volume and gains nothing, as
-    it should. But its product with another is 0 too, as if the two were as different as can be.
+    Some encoders give an empty text the zero vector. Its product with another one is 0, as if
+    the two were as different as can be.
     """
-    empty = (~phi.any(-1, keepdim=True)).to(phi.dtype)                      # (..., k, 1)
+    empty = (~phi.any(-1, keepdim=True)).to(phi.dtype)                      # (k, 1)
     return gram(phi) + gram(empty)
 
 
@@ -154,6 +159,8 @@ def vendi(phi):
 def cosine_distance(phi):
     """Mean over pairs of 1 - cosine."""
     k = len(phi)
+    if k < 2:
+        return math.nan
     distance = 1 - cosines(phi.double())                                    # (k, k)
     return (distance.sum() / (k * (k - 1))).item()  # the diagonal adds 0
 
@@ -164,6 +171,8 @@ def effective_diversity(correct, phi, same=0.9):
 
     correct: k booleans
     """
+    if len(correct) < 2:
+        return math.nan
     right = torch.tensor(correct)                                           # (k,)
     different = cosines(phi) < same                                         # (k, k)
     pairs = right[:, None] & right & different  # never a response with itself
@@ -171,18 +180,26 @@ def effective_diversity(correct, phi, same=0.9):
 
 
 # --------------------------------------------------------------------------------- one prompt
+OF_CORRECT = ("pass_at", "distinct_correct", "correct_distinct_4", "correct_self_bleu_diversity",
+              "effective_diversity")
+
+
 def group_metrics(texts, scores, phi, threshold=1.0):
     """All metrics of one prompt's n responses: a dict of numbers, and of {n: number} for
-    pass_at and max_at. Correct is a response whose score reaches the threshold.
+    pass_at and max_at. Correct is a response whose score reaches the threshold, where .7 + .2 + .1
+    reaches 1. Without a threshold (None) what is OF_CORRECT is left out.
 
-    `correct_...`: over the correct responses only, 0 if there are fewer than two.
+    `correct_...`: over the correct responses only, 0 if there are fewer than two. What compares
+    responses is NaN for n = 1.
     """
     n = len(texts)
-    correct = [score >= threshold for score in scores]
+    least = math.inf if threshold is None else threshold - 1e-6 * max(1.0, abs(threshold))
+    correct = [score >= least for score in scores]
     right = [text for text, is_right in zip(texts, correct) if is_right]
     several = len(right) > 1
+    none = 0.0 if n > 1 else math.nan  # one response alone cannot differ
     sizes = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256) if m < n] + [n]
-    return dict(
+    metrics = dict(
         quality=sum(scores) / n,
         pass_at={str(m): pass_at_n(correct, m) for m in sizes},
         max_at={str(m): max_at_n(scores, m) for m in sizes},
@@ -191,20 +208,25 @@ def group_metrics(texts, scores, phi, threshold=1.0):
         distinct_4=distinct_n(texts, 4),
         self_bleu_diversity=1 - self_bleu(texts),
         self_rouge_diversity=1 - self_rouge(texts),
-        correct_distinct_4=distinct_n(right, 4) if several else 0.0,
-        correct_self_bleu_diversity=1 - self_bleu(right) if several else 0.0,
+        correct_distinct_4=distinct_n(right, 4) if several else none,
+        correct_self_bleu_diversity=1 - self_bleu(right) if several else none,
         effective_diversity=effective_diversity(correct, phi),
         cosine_distance=cosine_distance(phi),
         vendi=vendi(phi),
         log_det=log_det(phi.double()).item(),
     )
+    if threshold is None:
+        return {key: metrics[key] for key in metrics if key not in OF_CORRECT}
+    return metrics
 
 
 # ------------------------------------------------------------------- many prompts, many tasks
 def combine(dicts, function):
-    """One dict of the same keys; each number is the function of that number of all dicts."""
+    """One dict of the keys of all; each number is the function of that number of all dicts."""
     combined = {}
     for key, first in dicts[0].items():
+        if any(key not in d for d in dicts):
+            continue  # of tasks with a threshold and without
         values = [d[key] for d in dicts]
         if isinstance(first, dict):  # {n: number}, of pass_at and max_at
             combined[key] = combine(values, function)
@@ -239,15 +261,18 @@ def average(results):
     def root_of_squares(values):  # as errors add up where the tasks share no prompts
         return sum(x * x for x in values) ** 0.5 / len(values)
 
-    about = ("model", "task", "prompts", "n", "se")  # what is no measurement
+    about = ("model", "task", "prompts", "n", "threshold", "se")  # what is no measurement
     measured = []
     for result in results:
         measured.append({key: result[key] for key in result if key not in about})
+    thresholds = {result["threshold"] for result in results if "threshold" in result}
+    same = dict(threshold=thresholds.pop()) if len(thresholds) == 1 else {}
     return dict(
         model=results[0]["model"],
         task="average",
         prompts=sum(result["prompts"] for result in results),
         n=results[0]["n"],
+        **same,
         **combine(measured, over_tasks),
         se=combine([result["se"] for result in results], root_of_squares),
     )

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import lora
-from dqo import MINILM, BadInput
+from dqo import MINILM, BadInput, autocast
 
 ROOT = Path(__file__).resolve().parent.parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -42,6 +43,18 @@ def resolve(name):
 def is_tiny(name):
     """Whether a model is the embedded one (not any folder that is called tiny)."""
     return Path(resolve(name)).resolve() == ROOT / "data/tiny"
+
+
+def json_object(flag, text):
+    """The dict that was given to a flag as JSON; None stays None."""
+    try:
+        value = {} if text is None else json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise BadInput(f"{flag} {text}: it must be a JSON object, as in "
+                       """'{"enable_thinking": false}' (mind the shell: quote it)""")
+    return value or None
 
 
 def default_device():
@@ -93,14 +106,16 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def memory_hint(what_to_do):
-    """Where memory may not suffice: the error becomes one line that ends in what to do."""
+    """Where memory may not suffice: the error becomes one line that ends in what to do, a text
+    or a function of the error."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         reason = ". ".join(first_line(error).split(". ")[:2])  # torch goes on at length
-        raise BadInput(f"{reason}; {what_to_do}") from None
+        hint = what_to_do(error) if callable(what_to_do) else what_to_do
+        raise BadInput(f"{reason}; {hint}") from None
 
 
 @contextlib.contextmanager
@@ -190,6 +205,21 @@ def without_quantization(model):
     vars(config).pop("quantization_config", None)
     return type(model).from_pretrained(
         None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+
+
+def halve(model):
+    """Frozen linear layers in bf16, where autocast would cast them anew at every token: half the
+    memory and the same bits. A weight that is the embedding's too stays: that is not cast."""
+    with autocast(model.device):
+        if not torch.is_autocast_enabled(model.device.type):
+            return model
+        dtype = torch.get_autocast_dtype(model.device.type)
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
+            if not module.weight.requires_grad:
+                module.weight.data = module.weight.to(dtype)
+    return model
 
 
 @torch.no_grad()

@@ -15,7 +15,18 @@ objective's gradient. In them r is the quality, and one below 0 is left alone.
 import torch
 
 from data.scoring import function_in
+from data.sources import why
 from dqo import OBJECTIVES, BadInput, gram, objective
+
+
+def empty(phi):
+    """(P, k): where an embedding is the zero vector, which some encoders give an empty text.
+
+    It spans nothing, so `dqo` pays it nothing. To a product of vectors, however, it is as
+    different as can be from all others and from its like. So the others have to give it the
+    lowest bonus that there is: emptiness must not pay.
+    """
+    return ~phi.any(-1)
 
 
 @objective(smallest_group=(2, 3))
@@ -28,8 +39,9 @@ def pairwise(quality, phi, logp, alpha):
     log det(L + I) is 2.197 against 2.631.
     """
     k = quality.shape[1]
-    some = phi.any(-1, keepdim=True).float()  # (P, k, 1) a zero vector is at no distance
-    return alpha * (gram(some) - gram(phi)).sum(-1) / (k - 1)  # (P, k); the diagonal adds 0
+    length = (~empty(phi)).float()[:, :, None]                              # (P, k, 1) 1, or 0
+    distance = gram(length) - gram(phi)  # 1 - L_ij, and 0 to a zero vector
+    return alpha * distance.sum(-1) / (k - 1)  # (P, k); the diagonal adds 0
 
 
 @objective(alpha=0.25, highest_alpha=1.0, embeds=False, smallest_group=(2, 2))
@@ -65,9 +77,9 @@ def darling(quality, phi, logp, alpha):
     linked, directly or through others, by cosines above alpha.
     """
     r, k = quality.clamp(min=0), quality.shape[1]
-    links = (cosines(phi) > alpha).double()                                  # (P, k, k)
+    links = (gram(phi) > alpha).double()                                    # (P, k, k)
     connected = links.matrix_power(k) > 0  # by a path of k links or fewer: L_ii links i to i
-    size = connected.sum(-1)                                                # (P, k)
+    size = connected.sum(-1).masked_fill(empty(phi), k)                     # (P, k)
     return r * ((k - size) / (k - 1)).clamp(min=0.1) - r
 
 
@@ -75,7 +87,8 @@ def darling(quality, phi, logp, alpha):
 def dra(quality, phi, logp, alpha):
     """r becomes r / (sum_j max(L_ij, 0))^alpha, j = i included. DRA-GRPO, Chen et al. 2025."""
     r = quality.clamp(min=0)
-    return r * cosines(phi).clamp(min=0).sum(-1) ** -alpha - r              # (P, k)
+    crowd = gram(phi).clamp(min=0).sum(-1)                                  # (P, k)
+    return r * crowd.masked_fill(empty(phi), quality.shape[1]) ** -alpha - r
 
 
 def load_objective(name):
@@ -88,13 +101,20 @@ def load_objective(name):
     bonus = function_in("--objective", name)
 
     def checked(quality, phi, logp, alpha):
-        value = bonus(quality, phi, logp, alpha)
+        try:
+            value = bonus(quality, phi, logp, alpha)
+        except (Exception, SystemExit) as error:
+            raise BadInput(f"--objective {name}: {why(error)}") from None
         shapes = [tuple(quality.shape), (*quality.shape, 1), tuple(logp.shape)]
         if not isinstance(value, torch.Tensor) or tuple(value.shape) not in shapes:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise BadInput(f"--objective {name} returned {got}; it must be a tensor of the shape "
-                           f"{shapes[0]} or {shapes[2]}")
-        return value.detach().float()
+                           f"{shapes[0]}, {shapes[1]} or {shapes[2]}")
+        value = value.detach().float()
+        if phi is None:
+            return value
+        nothing = empty(phi) if value.dim() == 2 else empty(phi)[:, :, None]
+        return torch.where(nothing, value.nan_to_num(nan=0.0).clamp(max=0), value)
 
     options = {key: getattr(bonus, key) for key in
                ("alpha", "highest_alpha", "embeds", "smallest_group") if hasattr(bonus, key)}

@@ -13,23 +13,19 @@ reward into rewards.py. Your own files need no task, see data/README.md.
                      has no such column. This is what a reward function of your own is given
 """
 
-import contextlib
 import functools
-import json
 import math
 import re
-import traceback
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.models import first_line, offline, resolve
+from data.models import first_line
 from data.rewards import given_numbers, need
+from data.sources import HUB_ID, hub_splits, read
 from dqo import BadInput, end_tokens, prompt_ids
 
 HERE = Path(__file__).resolve().parent
-HUB_ID = re.compile(r"(?!.*\.jsonl?$)[\w.-]+/[\w.-]+(:[\w.-]+)?")
 HOLD_OUT = 20  # every 20th row is kept for testing where the source has no test split
 
 
@@ -50,18 +46,37 @@ def own_prompt(row, prompt_key="prompt", answer_key="answer"):
     if prompt_key not in row:
         raise ValueError(f"no {prompt_key!r} in this row; name the right key with --prompt-key")
     prompt = row[prompt_key]
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not messages or not all(map(is_message, messages)):
+    if isinstance(prompt, list) and prompt:
+        prompt = [chat_message(message, f"message {number} of {prompt_key!r}")
+                  for number, message in enumerate(prompt, 1)]
+    elif not is_text(prompt):
         raise ValueError(f"{prompt_key!r} must be text or a list of chat messages, and not empty")
     return prompt, row.get(answer_key)
 
 
-def is_message(message):
-    """A chat message with text. No tokenizer takes half a character (a lone surrogate)."""
-    if not isinstance(message, dict) or "role" not in message:
-        return False
-    text = message.get("content")
+def is_text(text):
+    """No tokenizer takes half a character (a lone surrogate)."""
     return isinstance(text, str) and text.strip() != "" and not re.search("[\ud800-\udfff]", text)
+
+
+def chat_message(message, name):
+    """The message, with its content as text: what OpenAI's API takes in parts is joined."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{name} must be an object with a role and content")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(text_part(part, name) for part in content)
+    if not is_text(content):
+        raise ValueError(f"{name}: its content must be text and not empty, not {content!r:.60} "
+                         "(a tool call alone cannot be used)")
+    return {**message, "content": content}
+
+
+def text_part(part, name):
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"{name} has a part of the type {kind!r}; only text can be used")
+    return part["text"]
 
 
 def field(row, name, kind=str):
@@ -179,7 +194,8 @@ def records_of(task, split, limit):
     source = task.source.replace("{split}", stored_as)
 
     records = {}
-    for i, (where, row) in enumerate(read(source, stored_as, limit, task.name)):
+    known = [*TASKS, *READY]
+    for i, (where, row) in enumerate(read(source, stored_as, limit, task.name, known)):
         try:
             prompt, answer = task.template(row)
         except ValueError as error:
@@ -193,7 +209,7 @@ def records_of(task, split, limit):
         elif limit and len(records) == limit:
             break
         elif key not in records:
-            name = task.name or Path(task.source).stem
+            name = task.name or Path(task.source.removesuffix(".gz")).stem
             filled_in = {"prompt": prompt, "answer": answer, "task": name}
             records[key] = {**filled_in, "where": where, "row": {**filled_in, **row}}
     return list(records.values())
@@ -224,111 +240,34 @@ def merge_references(record, answer):
     record["answer"]["references"] += answer["references"]
 
 
-# -------------------------------------------------------------------------------- sources
-def read(source, split, limit, task):
-    """Yields (where, row) for each row of a source."""
-    instead = f"pass --data {task}:FILE.jsonl" if task else "pass --data FILE.jsonl"
-    is_web = re.match("https?://", source)
-    is_file = source.endswith((".jsonl", ".json")) or Path(source[:250]).exists()
-    if is_web or is_file:
-        return json_rows(source, text_of(source, is_web, instead))
-    if HUB_ID.fullmatch(source):
-        return hub_rows(source, split, limit, instead)
-    raise BadInput(
-        f"--data {source:.80}: no such task or file; "
-        f"there are {', '.join([*TASKS, *READY])}, .jsonl files, https:// and OWNER/NAME"
-    )
-
-
-def text_of(source, is_web, instead):
-    try:
-        if not is_web:
-            return Path(resolve(source)).read_text(encoding="utf-8-sig")
-        if source.startswith("http:"):
-            raise ValueError(
-                "what comes over http:// may have been changed on its way; use https://"
-            )
-        with urllib.request.urlopen(source, timeout=30) as answer:  # 30 seconds without a byte
-            return answer.read().decode("utf-8-sig")
-    except Exception as error:  # of the disk, DNS, TLS, HTTP, a timeout, an encoding
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if is_web:
-            reason += f"; fetch it yourself and {instead}"
-        raise BadInput(f"--data {source}: {reason}") from None
-
-
-def json_rows(source, text):
-    """Yields (where, row) for each line that is not blank."""
-    # WARNING  str.splitlines() would also split at U+2028, which may stand inside a JSON text and
-    # does in real data
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: not a JSON object")
-        yield where, row
-
-
-@contextlib.contextmanager
-def the_hub(source, instead):
-    """Yields the `datasets` package. Whatever goes wrong with it becomes one line."""
-    try:
-        import datasets
-        if offline():
-            raise ConnectionError("the hub cannot be reached")
-        yield datasets
-    except ImportError:
-        raise BadInput(
-            f"--data {source}: a hub dataset needs one more package: pip install datasets; "
-            f"or download a .jsonl file and {instead}"
-        ) from None
-    except Exception as error:  # it raises errors of many libraries: hub, network, parquet
-        raise BadInput(f"--data {source}: {why(error)}; {instead}") from None
-
-
-def hub_splits(source):
-    """The names of the splits of a hub data set."""
-    with the_hub(source, "pass FILE.jsonl") as datasets:
-        return list(datasets.get_dataset_split_names(*source.split(":")))
-
-
-def hub_rows(source, split, limit, instead):
-    """Yields (where, row) for each row of a split."""
-    with the_hub(source, instead) as datasets:
-        # with a limit it is streamed: no full download
-        rows = datasets.load_dataset(*source.split(":"), split=split, streaming=bool(limit))
-        for number, row in enumerate(rows, 1):
-            yield f"{source} ({split}), row {number}", row
-
-
-def why(error):
-    """An error of somebody else's code in one line: kind, first line of the message, and where."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(at.filename).name}, line {at.lineno}"
-    return f"{type(error).__name__}: {first_line(error)} ({where})"
-
-
 # ------------------------------------------------------------------------------ and a model
-def prepare(records, model, tokenizer, max_new_tokens, plain=False):
+def prepare(records, model, tokenizer, max_new_tokens, plain=False, template_args=None,
+            skip_long=False):
     """Refuse what does not work with a model: a prompt that is too long, or that its chat template
-    does not take, and a model without an end token."""
+    does not take, and a model without an end token. Returns the records, with skip_long without
+    those that are too long."""
     end_tokens(model, tokenizer)
+    if template_args and (plain or not tokenizer.chat_template):
+        raise BadInput("--template-args: no chat template is used here")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fit = []
     for record in records:
         where = record["where"]
         try:
-            length = len(prompt_ids(tokenizer, record["prompt"], plain))
+            length = len(prompt_ids(tokenizer, record["prompt"], plain, template_args))
         except Exception as error:  # a chat template raises what it likes
             raise BadInput(
                 f"{where}: the tokenizer's chat template refuses this prompt: {first_line(error)}"
             ) from None
-        if length + max_new_tokens > context:
+        if length + max_new_tokens <= context:
+            fit.append(record)
+        elif not skip_long:
             raise BadInput(
                 f"{where}: {length} prompt tokens and --max-new-tokens {max_new_tokens} "
-                f"do not fit into the model's context of {context}; shorten either"
+                f"do not fit into the model's context of {context}; shorten either, or add "
+                "--skip-long"
             )
+    if records and not fit:
+        raise BadInput(f"--skip-long: no prompt and --max-new-tokens {max_new_tokens} fit into "
+                       f"the model's context of {context}")
+    return fit

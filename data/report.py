@@ -1,20 +1,18 @@
-"""What is printed and drawn: tables and pictures of an evaluation and of a run.
+"""What is printed of an evaluation and of a run; pictures.py draws.
 
-    table, change, plot                           of results of eval.py
-    introduce, show_group, plot_run               of a run of train.py
+    table, change                                 of results of eval.py
+    introduce, show_group                         of a run of train.py
 """
 
 import dataclasses
-import json
 import math
-import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
+from data import terminal
 from data.metrics import by_model
 from data.models import load_encoder
-from dqo import embed, end_tokens, gram, log_det, marginal_gains
+from dqo import BadInput, embed, end_tokens, gram, log_det, marginal_gains
 
 LABELS = dict(
     quality="quality",
@@ -47,9 +45,9 @@ def measured(result):
         if key == "pass_at":
             for n in mean:
                 yield f"{label}{n}", mean[n], se[n]
-        elif key == "max_at":
-            n = list(mean)[-1]
-            yield f"{label}{n}", mean[n], se[n]
+        elif key == "max_at":  # for graded rewards; for others the last is enough
+            for n in list(mean)[-1 if "pass_at" in result else 0:]:
+                yield f"{label}{n}", mean[n], se[n]
         else:
             yield label, mean, se
 
@@ -64,12 +62,25 @@ def table(results):
         first = task[0]
         title = f"\n{first['task']}: {first['prompts']} prompts x {first['n']} responses"
         names = "".join(name[-28:].rjust(width) for name in models)
-        lines.append(title.ljust(45) + names)
+        lines += [title.ljust(45) + names, *meaning(first)]
         for cells in zip(*map(measured, task)):  # the same metric of all models
+            if all(math.isnan(mean) for _, mean, _ in cells):
+                continue  # it needs more than one response
             numbers = "".join(f"{mean:.3f} ± {se:.3f}".rjust(width) for _, mean, se in cells)
             label = cells[0][0]
             lines.append(f"  {label}".ljust(44) + numbers)
     return "\n".join(lines)
+
+
+def meaning(*results):
+    """What counts as correct, in a line; none if nothing is said about it."""
+    names = []
+    for result in results:
+        least = result.get("threshold")
+        name = "none, see --threshold" if least is None else f"a quality of at least {least:g}"
+        if "threshold" in result and name not in names:
+            names.append(name)
+    return [f"  (correct: {' or '.join(names)})"] if names else []
 
 
 def change(before, after):
@@ -77,89 +88,34 @@ def change(before, after):
     (base,), (trained,) = by_model(before).values(), by_model(after).values()
     n = base[0]["n"]
     prompts = sum(result["prompts"] for result in before)
+    best = "/".join(sorted({best_at(result)[:-3] for result in base}, reverse=True))
     lines = [
         f"\n{prompts} test prompts, {n} responses each, base -> trained",
-        f"{'task':<20}{'quality':>15}{f'pass@{n}':>15}{'distinct correct':>18}"
+        *meaning(*base),
+        f"{'task':<20}{'quality':>15}{f'{best}@{n}':>15}{'distinct correct':>18}"
         f"{'effective diversity':>21}",
     ]
     for b, a in zip(base, trained):
-        quality = f"{b['quality']:.2f} -> {a['quality']:.2f}"
-        one_right = f"{b['pass_at'][str(n)]:.2f} -> {a['pass_at'][str(n)]:.2f}"
-        distinct = f"{b['distinct_correct']:.1f} -> {a['distinct_correct']:4.1f}"
-        effective = f"{b['effective_diversity']:.2f} -> {a['effective_diversity']:.2f}"
+        quality = arrow(b, a, "quality")
+        best = arrow(b[best_at(b)], a[best_at(b)], str(n))
+        distinct = arrow(b, a, "distinct_correct", "%.1f -> %4.1f")
+        effective = arrow(b, a, "effective_diversity")
         task = b["task"][:19]
-        lines.append(f"{task:<20}{quality:>15}{one_right:>15}{distinct:>18}{effective:>21}")
+        lines.append(f"{task:<20}{quality:>15}{best:>15}{distinct:>18}{effective:>21}")
     return "\n".join(lines)
 
 
-def plot(results, path):
-    """Left: the quality-diversity plane. Right: pass@n."""
-    import matplotlib
-    from matplotlib.figure import Figure  # unlike pyplot it needs no screen
-    figure = Figure(figsize=(11, 4.4))
-    plane, curve = figure.subplots(1, 2)
-    for color, tasks in zip(matplotlib.colormaps["tab10"].colors, by_model(results).values()):
-        draw_plane(plane, tasks, color)
-        draw_pass_at(curve, tasks[-1], color)
-    last = results[-1]
-    plane.set(
-        xlabel=f"distinct correct responses among {last['n']}",
-        ylabel="quality",
-        title="quality and diversity per task (large: mean)",
-    )
-    curve.set(
-        xlabel="n",
-        ylabel="pass@n",
-        title="at least one of n responses right (mean over tasks)",
-    )
-    sizes = [int(n) for n in last["pass_at"]]
-    curve.set_xscale("log", base=2)
-    curve.set_xticks(sizes, sizes)
-    for axes in (plane, curve):
-        plain_axes(axes)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def best_at(*results):
+    """Without a threshold nothing is correct, and the best of n responses is what there is."""
+    return "pass_at" if all("pass_at" in result for result in results) else "max_at"
 
 
-def draw_plane(axes, tasks, color):
-    """One model in the plane: a small dot per task and a large one for their mean."""
-    for result in tasks:
-        x, y = result["distinct_correct"], result["quality"]
-        is_mean = result is tasks[-1]
-        axes.errorbar(
-            x, y,
-            xerr=result["se"]["distinct_correct"],
-            yerr=result["se"]["quality"],
-            fmt="o",
-            color=color,
-            ms=10 if is_mean else 4,
-            alpha=1 if is_mean else 0.45,
-            lw=0.8,
-        )
-        if is_mean:
-            name_at(axes, result["model"], (x, y), (9, -12), color, weight="bold")
-        else:
-            name_at(axes, result["task"], (x, y), (4, 4), color, fontsize=7, alpha=0.8)
-
-
-def draw_pass_at(axes, result, color):
-    sizes = [int(n) for n in result["pass_at"]]
-    axes.plot(sizes, list(result["pass_at"].values()), "o-", color=color)
-    start = (sizes[0], result["pass_at"]["1"])
-    name_at(axes, result["model"], start, (6, -12), color, weight="bold")
-
-
-def name_at(axes, text, point, offset, color, **style):
-    axes.annotate(text, point, color=color, xytext=offset, textcoords="offset points", **style)
-
-
-def plain_axes(axes):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def arrow(before, after, key, form="%.2f -> %.2f"):
+    return form % (before[key], after[key]) if key in before else "-"
 
 
 # -------------------------------------------------------------------------------------- a run
-def introduce(config, model, tokenizer, records, done):
+def introduce(config, model, tokenizer, records, done, reward):
     """What is about to happen, in full: the resolved configuration and the distribution that
     is sampled from."""
     size = f"{model.num_parameters():,} parameters, {model.device}"
@@ -175,6 +131,43 @@ def introduce(config, model, tokenizer, records, done):
     print(f"sampling: temperature {config.temperature}, "
           "full vocabulary (no top-p, no top-k, no penalty), "
           f"at most {config.max_new_tokens} tokens, ended by {' '.join(map(str, ends))}")
+    if config.steps * config.prompts < len(records):
+        print(f"{config.steps * config.prompts} of {len(records)} prompts will be seen; "
+              "the data goes on: --steps")
+    if is_unbounded(reward):
+        print("the reward has no bounds: alpha and beta are relative to its scale, of which "
+              "there is a line after the first step")
+
+
+def is_unbounded(reward):
+    return getattr(reward, "range", None) == (-math.inf, math.inf)
+
+
+def after_first_step(metrics, samples, config, reward):
+    """What may be wrong with a run shows in its first step: told then, not after a night."""
+    signs = []
+    if metrics["truncated"] > 0.5:
+        signs.append(f"{metrics['truncated']:.0%} of the responses were cut off at "
+                     f"--max-new-tokens {config.max_new_tokens}")
+    if all_equal(samples, config):
+        signs.append("all rewards of a prompt were equal")
+    if signs:
+        tqdm.write(f"WARNING  In the first step {', and '.join(signs)}. While that lasts, "
+                   "nothing but diversity is being trained.")
+    if is_unbounded(reward):
+        quality, bonus, penalty = (metrics[f"{x}_std"] for x in ("quality", "bonus", "penalty"))
+        scale = max(quality, 1e-9)
+        tqdm.write(f"Within a group the reward varies by {quality:.3g} (std), alpha * gain by "
+                   f"{bonus / scale:.2g} of that, the KL penalty by {penalty / scale:.2g}: "
+                   "choose alpha and beta so that each counts as it should.")
+
+
+def all_equal(samples, config):
+    """Whether no response was better than another that it is compared with."""
+    compared = config.k if config.baseline != "none" else len(samples)
+    qualities = [sample["quality"] for sample in samples]
+    groups = [qualities[i:i + compared] for i in range(0, len(qualities), compared)]
+    return all(len(set(group)) == 1 for group in groups)
 
 
 def show_group(step, samples, metrics):
@@ -199,78 +192,37 @@ def share_beyond_window(encoder, texts):
     WARNING  It reads only their beginning: if that is alike, they are duplicates to it.
     """
     window = getattr(encoder, "max_seq_length", None) or math.inf
-    # Tokenize only what may be too long: a token is at least a character, and two are added.
-    long = [text for text in texts if len(text) > window - 2]
+    prompts, name = (getattr(encoder, x, None) for x in ("prompts", "default_prompt_name"))
+    if prompts and name in prompts:
+        texts = [prompts[name] + text for text in texts]
+    # Tokenize only what may be too long: a token is at least a byte, and two are added.
+    long = [text for text in texts if len(text.encode(errors="replace")) > window - 2]
     if not long:
         return 0.0
     ids = encoder.tokenizer(long, truncation=False).input_ids
     return sum(len(x) > window for x in ids) / len(texts)
 
 
-PANELS = dict(
-    quality="quality (mean reward)",
-    distinct="distinct (share of a group's responses)",
-    gain="gain (mean marginal gain, nats)",
-    length="length (tokens of a response)",
-)
-
-
-def plot_run(folder):
-    """Draw metrics.jsonl of a run into its run.png: each step pale, their running mean strong.
-
-    Returns the picture's path, or None when matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def window_warning(encoder, texts, what):
+    """A line on texts that the encoder does not see whole, or None. what: they are, for people."""
+    share = share_beyond_window(encoder, texts)
+    if not share:
         return None
-    folder = Path(folder)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(11, 5.6))
-    for axes, (key, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items()):
-        draw_metric(axes, steps, key)
-        axes.set_title(title, fontsize=10)
-        plain_axes(axes)
-    for axes in figure.axes[2:]:
-        axes.set_xlabel("step")
-    figure.suptitle(folder.resolve().name)
-    figure.tight_layout()
-    path = folder / "run.png"
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def draw_metric(axes, steps, key):
-    known = [line for line in steps if line.get(key) is not None]
-    if not known:
-        axes.text(0.5, 0.5, "not measured by this objective", transform=axes.transAxes,
-                  ha="center", va="center", color="gray")
-        axes.set_yticks([])
-        return
-    x = [line["step"] for line in known]
-    y = [line[key] for line in known]
-    axes.plot(x, y, ".-", color="tab:blue", ms=3, lw=0.8, alpha=0.3)
-    width = min(20, len(y) // 5)  # over most of a short run, it would show a trend as none
-    axes.plot(x, running_mean(y, width), color="tab:blue", lw=2)
-
-
-def running_mean(values, width):
-    """Each value becomes the mean of those at most width / 2 steps before or after it."""
-    reach = width // 2
-    means = []
-    for i in range(len(values)):
-        around = values[max(0, i - reach):i + reach + 1]
-        means.append(sum(around) / len(around))
-    return means
+    return (f"WARNING  {round(share * len(texts))} of {len(texts)} {what} exceed the encoder's "
+            f"window of {encoder.max_seq_length} tokens: it reads only their beginning")
 
 
 # --------------------------------------------------------------------- python dqo.py TEXT TEXT
 def show_texts(texts):
     """Gram matrix, log det and marginal gains of some texts, as if they were one group."""
+    return terminal.run("dqo.py", lambda: show_volume(texts))
+
+
+def show_volume(texts):
     if len(texts) < 2:
-        print('dqo.py: give at least two texts: python dqo.py "one" "another"', file=sys.stderr)
-        return 2
-    phi, k = embed(load_encoder(), texts), len(texts)  # (k, D)
+        raise BadInput('give at least two texts: python dqo.py "one" "another"')
+    encoder, k = load_encoder(), len(texts)
+    phi = embed(encoder, texts)  # (k, D)
     print("gain    Gram matrix L (cosines)")
     for row, gain, text in zip(gram(phi).tolist(), marginal_gains(phi).tolist(), texts):
         cosines = " ".join(f"{x:5.2f}" for x in row)
@@ -278,4 +230,6 @@ def show_texts(texts):
     print(f"log det(L + I) = {log_det(phi):.3f}, between {math.log(1 + k):.3f} (all equal) "
           f"and {k * math.log(2):.3f} (all orthogonal)")
     print(f"a gain lies between {math.log(1 + 1 / k):.3f} and {math.log(2):.3f}")
-    return 0
+    warning = window_warning(encoder, texts, "texts")
+    if warning:
+        print(warning)

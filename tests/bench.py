@@ -1,6 +1,6 @@
 """How fast and how large: every number next to what one would otherwise use, in the same run.
 
-    python tests/bench.py                          # all rows on this machine, 10 minutes on 2 cores
+    python tests/bench.py                          # all rows, 10 minutes on 2 cores
     python tests/bench.py gains sampling --quick   # some rows, few repetitions
     python tests/bench.py step --trl-python /path/to/trlenv/bin/python --json bench.json
 
@@ -60,7 +60,7 @@ SHAPES = {  # vocabulary [data/tiny's], width, MLP, layers, heads, key-value hea
 }
 
 
-def random_model(size, words, layers=None):
+def random_model(size, words, layers):
     vocabulary, width, mlp, depth, heads, kv_heads = SHAPES[size]
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "qwen2" if size == "qwen" else "llama", vocab_size=vocabulary or words, hidden_size=width,
@@ -191,7 +191,7 @@ def worker(o, side, python=sys.executable, **spec):
             return json.loads(reply)
 
         try:
-            ask("are you ready?")
+            ask("ready?")
             yield ask
         finally:
             p.stdin.close()
@@ -204,7 +204,7 @@ def serve(spec):
     os.dup2(2, 1)  # what a library prints must not get between the answers
     device, before = spec.device, None
 
-    def wait():  # for a request, and say when it came
+    def wait():  # for a request; returns when it came
         nonlocal before
         if not sys.stdin.readline():
             os._exit(0)

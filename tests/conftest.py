@@ -1,5 +1,6 @@
 """Small real models for the tests. Everything runs offline on a CPU."""
 
+import importlib.util
 import os
 
 # Before transformers is imported: a test that reaches for the hub fails at once.
@@ -20,7 +21,18 @@ from transformers import (
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
+    config.addinivalue_line("markers", "optional: needs a package that may be missing")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def needs(package):
+    """Marks a test of something that uses an optional package; skipped where that is missing."""
+    missing = importlib.util.find_spec(package) is None
+
+    def mark(test):
+        return pytest.mark.optional(pytest.mark.skipif(missing, reason=f"no {package}")(test))
+
+    return mark
 
 
 def word_tokenizer(words, **special):

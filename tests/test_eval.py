@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from conftest import random_llama
-from data import metrics, report
+from data import metrics, pictures, report
+from data.runs import to_json
 from dqo import BadInput, sample
 
 
@@ -27,6 +28,8 @@ def about(value, **kw):
     ("3.5", "3.5"),
     (" . ", ""),
     ("", ""),
+    ("東京 。", "東京"),
+    ("東京 、京都", "東京、京都"),
 ])
 def test_normalize(text, same_as):
     assert metrics.normalize(text) == same_as
@@ -66,6 +69,13 @@ def test_max_at_n_of_zeros_and_ones_is_pass_at_n():
     (", (really) run!", [",", "(", "really", ")", "run", "!"]),
     ("", []),
     ("Ünïcode ok", ["ünïcode", "ok"]),
+    ("GPT-4は東京。", ["gpt", "-", "4", "は", "東", "京", "。"]),  # no spaces: by character
+    ("カタｶﾅ𠮷", ["カ", "タ", "ｶ", "ﾅ", "𠮷"]),
+    ("ไทย ok", ["ไ", "ท", "ย", "ok"]),
+    ("ລາວ", ["ລ", "າ", "ວ"]),
+    ("ခမ", ["ခ", "မ"]),
+    ("ខម", ["ខ", "ម"]),
+    ("서울은 도시", ["서울은", "도시"]),  # Korean has spaces
 ])
 def test_words(text, expected):
     assert metrics.words(text) == expected
@@ -112,9 +122,34 @@ def test_self_bleu_by_hand():
     assert metrics.self_bleu(["a b c d", "a b c e f"]) == about((one + other) / 2)
 
 
+def test_self_bleu_compares_with_the_closest_length():
+    """Of two that are as close, with the shorter; what is longer than that has no penalty."""
+    longer = (5 / 8 * 5 / 8 * 4 / 7 * 3 / 6) ** 0.25  # 5 of 8 words, 4 (+ 1) of 7 (+ 1) bigrams
+    texts = ["a b c d", "a b c d e", "a b c d e f g h"]  # the closest to 4 is 5, to 5 is 4
+    assert metrics.self_bleu(texts) == about((math.exp(1 - 5 / 4) + 1 + longer) / 3)
+    longer = (4 / 5 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    texts = ["a b c d", "a b c", "a b c d e"]  # 3 and 5 are as close to 4
+    shorter = 0.5 ** 0.25 * math.exp(1 - 4 / 3)  # it has no four words
+    assert metrics.self_bleu(texts) == about((1 + shorter + longer) / 3)
+
+
 def test_self_bleu_clips_by_the_most_that_any_single_other_response_has():
     # "a a" against "a b" and "a c" gets 1 of 2, not 2 of 2
     assert metrics.self_bleu(["a a", "a b", "a c"]) < metrics.self_bleu(["a a", "a a", "a c"])
+
+
+@pytest.mark.parametrize("one, other", [
+    ("昨日は友達と一緒に公園へ行きました。", "昨日は友達と一緒に公園へ行ったよ。"),
+    ("我昨天和朋友一起去公園散步了很久。", "我昨天和朋友一起去公園散步了很久啊。"),
+    ("เมื่อวานฉันไปสวนสาธารณะกับเพื่อน", "เมื่อวานฉันไปสวนสาธารณะกับเพื่อนๆ"),
+])
+def test_near_copies_without_spaces_are_alike(one, other):
+    """By words, a clause would be one token, and nothing in common."""
+    assert metrics.self_bleu([one, other]) > 0.7
+    assert metrics.self_rouge([one, other]) > 0.8
+    assert metrics.distinct_n([one, other], 1) < 0.6
+    strange = "全然違う文です" if one[0] == "昨" else "カメラ"
+    assert metrics.self_rouge([one, strange]) < 0.3
 
 
 def lcs_by_hand(a, b):
@@ -190,9 +225,32 @@ def test_effective_diversity(correct, phi, same, expected):
     assert metrics.effective_diversity(correct, phi, same) == about(expected)
 
 
+NOTHING = torch.zeros(1, 4)  # what some encoders make of an empty text
+
+
+@pytest.mark.parametrize("phi, like", [
+    (NOTHING[[0, 0]], EYE[[0, 0]]),
+    (NOTHING[[0, 0, 0, 0]], EYE[[0, 0, 0, 0]]),
+    (torch.cat([NOTHING, NOTHING, EYE[:2]]), EYE[[3, 3, 0, 1]]),
+])
+def test_empty_answers_are_duplicates(phi, like):
+    k = len(phi)
+    assert metrics.vendi(phi) == about(metrics.vendi(like))
+    assert metrics.cosine_distance(phi) == about(metrics.cosine_distance(like), abs=1e-9)
+    effective = metrics.effective_diversity([True] * k, phi)
+    assert effective == about(metrics.effective_diversity([True] * k, like))
+
+
 def test_responses_are_different_below_a_cosine_of_nine_tenths_unless_said_otherwise():
     correct = [True, True, True, False]
     assert metrics.effective_diversity(correct, PHI) == about(2 / 6)
+
+
+@pytest.mark.parametrize("cosine, different", [(0.85, 1.0), (0.95, 0.0)])
+def test_of_two_responses_of_a_prompt_a_cosine_decides_whether_they_differ(cosine, different):
+    phi = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine ** 2)]])
+    assert metrics.effective_diversity([True, True], phi) == different
+    assert metrics.group_metrics(["a", "b"], [1.0, 1.0], phi)["effective_diversity"] == different
 
 
 def test_group_metrics():
@@ -230,6 +288,33 @@ def test_metrics_over_the_correct_responses_alone():
 def test_a_lone_correct_response_has_no_diversity(key):
     texts = ["a red cat sat down", "a red cat ran off", "x y z w v u", "a red cat sat down"]
     assert metrics.group_metrics(texts, [1.0, 0.0, 0.0, 0.0], EYE)[key] == 0.0
+
+
+COMPARE = """
+    self_bleu_diversity self_rouge_diversity correct_distinct_4 correct_self_bleu_diversity
+    effective_diversity cosine_distance
+""".split()
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_one_response_is_compared_with_none(score):
+    """What needs two is not measured: NaN, which is null in a file and no line in the table."""
+    m = metrics.group_metrics(["a red cat"], [score], EYE[:1])
+    assert [key for key in m if m[key] != m[key]] == COMPARE
+    assert (m["quality"], m["pass_at"], m["max_at"]) == (score, {"1": score}, {"1": score})
+    mean, se = metrics.mean_and_se([m, m])
+    text = report.table([dict(model="m", task="t", prompts=2, n=1, **mean, se=se)])
+    assert "nan" not in text
+    assert "quality" in text and "self-BLEU" not in text
+    assert json.loads(to_json(mean))["cosine_distance"] is None
+
+
+def test_json_is_json():
+    """NaN and infinities, which JSON lacks, are null at any depth."""
+    value = dict(a=math.nan, b=[1.0, -math.inf], c=dict(d=(math.inf, "x", 3, None, True)))
+    text = to_json(value)
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found == dict(a=None, b=[1.0, None], c=dict(d=[None, "x", 3, None, True]))
 
 
 # ----------------------------------------------------------- over prompts, tasks and models
@@ -338,7 +423,7 @@ def test_change_fits_into_90_columns():
 
 
 def test_plot(tmp_path):
-    report.plot(RESULTS, tmp_path / "plane.png")
+    pictures.plot(RESULTS, tmp_path / "plane.png")
     assert (tmp_path / "plane.png").stat().st_size > 10_000
 
 
@@ -356,7 +441,7 @@ def run_folder(folder, steps, gain=0.5):
     (1, 0.5),
 ])
 def test_plot_run(tmp_path, steps, gain):
-    path = report.plot_run(run_folder(tmp_path, steps, gain))
+    path = pictures.plot_run(run_folder(tmp_path, steps, gain))
     assert path == tmp_path / "run.png"
     assert path.stat().st_size > 10_000
 
@@ -370,7 +455,7 @@ def test_plot_run_without_matplotlib(tmp_path, monkeypatch):
         return usual(name, *args, **kw)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    assert report.plot_run(run_folder(tmp_path, 3)) is None
+    assert pictures.plot_run(run_folder(tmp_path, 3)) is None
     assert not (tmp_path / "run.png").exists()
 
 
@@ -382,7 +467,7 @@ def test_plot_run_without_matplotlib(tmp_path, monkeypatch):
     ([], 20, []),
 ])
 def test_running_mean(values, width, expected):
-    assert report.running_mean(values, width) == about(expected)
+    assert pictures.running_mean(values, width) == about(expected)
 
 
 # ------------------------------------------------------------------------------ the evaluation
@@ -426,6 +511,31 @@ def test_evaluate(model, tokenizer):
         assert r["mean_tokens"] == about(rollout.mask[group].sum().item() / 3)
         assert r["truncated"] == about(rollout.truncated[group].float().mean().item())
         assert "nll" not in r
+
+
+TEMPLATE = "{{ messages[0].content }} {{ more }}"
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(temperature=0.3),
+    dict(plain=True),
+    dict(template_args=dict(more="w9 w9")),
+    dict(seed=7),
+    dict(max_new_tokens=2),
+])
+def test_evaluate_samples_as_it_is_told(model, tokenizer, options):
+    tokenizer.chat_template = TEMPLATE
+    sampling = evaluation.Sampling(**{**dict(n=3, max_new_tokens=6), **options})
+    judges, kept = evaluation.Judges(WordCounts(), nothing), []
+    evaluation.evaluate("m", (model, tokenizer), judges, RECORDS, sampling, kept)
+    ids = [[5, 6], [7]]
+    if not sampling.plain:
+        more = [9, 9] if sampling.template_args else []
+        ids = [x + more for x in ids]
+    torch.manual_seed(sampling.seed)
+    rollout = sample(model, tokenizer, ids, 3, sampling.max_new_tokens, sampling.temperature)
+    assert [s["response"] for s in kept] == rollout.texts
 
 
 def test_nll_under_the_judge(model, tokenizer):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dqo
 from conftest import random_llama
 from data.objectives import pairwise
 from data.options import RunConfig
@@ -21,6 +22,7 @@ from dqo import (
     Config,
     Rollout,
     advantages,
+    dqo_step,
     log_det,
     policy_loss,
     quality_weighted,
@@ -29,10 +31,10 @@ from dqo import (
 
 ALPHA = 0.7
 GENERATOR = torch.Generator().manual_seed(5)
-# The embeddings of up to 8 responses, and their qualities.
-PHI = F.normalize(torch.randn(8, 3, dtype=torch.float64, generator=GENERATOR), dim=-1)  # (8, D)
-QUALITY = torch.rand(8, dtype=torch.float64, generator=GENERATOR)                       # (8,)
-REF = torch.log_softmax(torch.tensor([0.0, 0.4, -0.3, 0.2], dtype=torch.float64), 0)    # (4,)
+# The embeddings of up to 15 responses, and their qualities.
+PHI = F.normalize(torch.randn(15, 3, dtype=torch.float64, generator=GENERATOR), dim=-1)  # (15, D)
+QUALITY = torch.rand(15, dtype=torch.float64, generator=GENERATOR)                       # (15,)
+REF = torch.log_softmax(torch.tensor([0.0, 0.4, -0.3, 0.2], dtype=torch.float64), 0)     # (4,)
 
 
 def policy():
@@ -178,18 +180,29 @@ def test_two_responses_carry_no_diversity_signal():
 
 
 # --------------------------------------------------------- the same through a language model
-# Responses of at most 2 tokens over {</s>, a, b}; <pad> is given probability 0.
+# Responses over {</s>, a, b}; <pad> is given probability 0.
 WORDS = ["<pad>", "</s>", "a", "b"]
-RESPONSES = [[1], [2, 1], [2, 2], [2, 3], [3, 1], [3, 2], [3, 3]]
+
+
+def every_response(longest):
+    """Those that end with </s>, and those of `longest` tokens that do not: 7 of at most 2."""
+    begun, ended = [[]], []
+    for _ in range(longest):
+        ended += [response + [1] for response in begun]
+        begun = [response + [word] for response in begun for word in (2, 3)]
+    return ended + begun
+
+
 LONGEST = 2
+RESPONSES = every_response(LONGEST)
 
 
-def all_responses(prompt):
-    """A Rollout with each of the 7 responses once, as `sample` would have written it."""
-    N, B = len(prompt), len(RESPONSES)
-    tokens = torch.zeros(B, N + LONGEST, dtype=torch.long)
-    attention_mask = torch.ones(B, N + LONGEST, dtype=torch.long)
-    for i, response in enumerate(RESPONSES):
+def all_responses(prompt, responses=RESPONSES):
+    """A Rollout with each of some responses once, as `sample` would have written it."""
+    N, B, longest = len(prompt), len(responses), max(map(len, responses))
+    tokens = torch.zeros(B, N + longest, dtype=torch.long)
+    attention_mask = torch.ones(B, N + longest, dtype=torch.long)
+    for i, response in enumerate(responses):
         end = N + len(response)
         tokens[i, :N] = torch.tensor(prompt)
         tokens[i, N:end] = torch.tensor(response)
@@ -199,25 +212,26 @@ def all_responses(prompt):
         attention_mask=attention_mask,
         prompt_length=N,
         mask=attention_mask[:, N:].bool(),
-        logp=torch.zeros(B, LONGEST),
-        texts=[""] * B,
+        logp=torch.zeros(B, longest),
+        texts=[str(i) for i in range(B)],
         truncated=torch.zeros(B, dtype=torch.bool))
 
 
-def exact_logps(model, prompt, temperature):
-    """log pi of each whole response, one row at a time, without padding, in float64."""
-    out = []
-    for response in RESPONSES:
+def exact_logps(model, prompt, temperature, responses=RESPONSES):
+    """log pi of each token, (m, T), one row at a time, without padding, in float64; 0 after."""
+    longest, out = max(map(len, responses)), []
+    for response in responses:
         logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
         logps = torch.log_softmax(logits, -1)
         first = len(prompt) - 1  # each position predicts the next token
-        out.append(sum(logps[first + t, token] for t, token in enumerate(response)))
+        row = torch.stack([logps[first + t, token] for t, token in enumerate(response)])
+        out.append(F.pad(row, (0, longest - len(response))))
     return torch.stack(out)
 
 
-def language_model():
+def language_model(seed=0):
     """A small random Llama that never says <pad>."""
-    model = random_llama(len(WORDS), hidden=16, layers=1, eos_token_id=1).double()
+    model = random_llama(len(WORDS), seed, hidden=16, layers=1, eos_token_id=1).double()
     # No model of softmax form gives <pad> probability exactly 0; a very negative logit does,
     # to machine precision.
     bias = torch.tensor([-1e4, 0.0, 0.0, 0.0], dtype=torch.float64)
@@ -235,7 +249,7 @@ def test_language_model(kernel, beta, temperature):
     parameters = [p for p in model.parameters() if p.requires_grad]
     prompt, k = [2, 3, 3], 3
     ref = torch.log_softmax(torch.linspace(0, 1, len(RESPONSES), dtype=torch.float64), 0)
-    exact = exact_logps(model, prompt, temperature)                         # (7,)
+    exact = exact_logps(model, prompt, temperature).sum(1)                  # (7,)
     assert abs(exact.exp().sum().item() - 1) < 1e-9  # these are all the responses there are
 
     rollout = all_responses(prompt)
@@ -256,3 +270,96 @@ def test_language_model(kernel, beta, temperature):
         for a, b in zip(estimate, truth):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         assert max(b.abs().max() for b in truth) > 1e-2  # not a comparison of zeros
+
+
+# ------------------------------------------------------------- reward-to-go for the KL penalty
+PROMPT = [2, 3, 3]
+LONGER = every_response(3)  # 15
+
+
+class Given:
+    """Encoder and reward of `all_responses`, whose texts are "0", "1", ..."""
+
+    def encode(self, texts):
+        return PHI[[int(text) for text in texts]]
+
+    def reward(self, prompts, texts, rows):
+        return QUALITY[[int(text) for text in texts]].tolist()
+
+
+@pytest.fixture
+def weights_of_step(monkeypatch):
+    """A function: what `dqo_step` weighs each token with, (m^k, k, T), if it draws all groups."""
+    got = []
+    monkeypatch.setattr(dqo, "update", lambda *args: got.append(args[3]) or {})
+
+    def run(model, reference, groups, baseline, beta):
+        rollout = all_responses(PROMPT, LONGER)
+        rollout.logp = exact_logps(model, PROMPT, 1.0, LONGER).detach().float()
+        monkeypatch.setattr(dqo, "sample", lambda *args: rollout.select(groups.flatten()))
+        count, k = groups.shape
+        options = Config(alpha=ALPHA, k=k, prompts=count, baseline=baseline, beta=beta,
+                         max_new_tokens=3, micro_batch=0)
+        dqo_step(model, None, Given(), Given().reward, None, [{"prompt": PROMPT}] * count, options,
+                 reference)
+        return got.pop().view(count, k, -1).double()
+    return run
+
+
+def moments(weight, groups, probability, jacobian):
+    """Mean, (n,), and total variance of sum_it weight_it * grad log pi(token t of y_i).
+
+    jacobian: (m, T, n), the gradient of each token's log-probability
+    """
+    m, T, n = jacobian.shape
+    coefficient = torch.zeros(len(groups), m, T, dtype=torch.float64)
+    rows = torch.arange(len(groups))[:, None].expand_as(groups)
+    coefficient.index_put_((rows, groups), weight.expand(*groups.shape, T), accumulate=True)
+    coefficient, jacobian = coefficient.flatten(1), jacobian.view(m * T, n)
+    mean = probability @ coefficient @ jacobian
+    inner = jacobian @ jacobian.T  # (m * T, m * T)
+    squares = ((coefficient @ inner) * coefficient).sum(1)
+    return mean, (probability @ squares - mean @ mean).item()
+
+
+@pytest.mark.parametrize("baseline, target_k", [("none", 3), ("mean", 2)])
+def test_reward_to_go(weights_of_step, baseline, target_k):
+    """Each token answers for the log-ratios from it on: the same gradient, less variance.
+
+    Every group of 3 that a language model can draw is enumerated, and goes through `dqo_step`.
+    """
+    model, reference, beta = language_model(), language_model(seed=9), 0.5
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    logp = exact_logps(model, PROMPT, 1.0, LONGER)                          # (15, T)
+    with torch.no_grad():
+        log_ratio = logp - exact_logps(reference, PROMPT, 1.0, LONGER)
+    exact, ref = logp.sum(1), (logp - log_ratio).sum(1).detach()            # (15,)
+    assert abs(exact.exp().sum().item() - 1) < 1e-9
+
+    def flat(value):
+        grads = torch.autograd.grad(value, parameters, retain_graph=True)
+        return torch.cat([g.flatten() for g in grads])
+    jacobian = torch.stack([flat(x) for x in logp.flatten()]).view(*logp.shape, -1)
+    groups, whole = weights(exact, ref, 3, beta, "plain", baseline)
+    probability = group_probability(exact.detach(), groups)
+
+    to_go = weights_of_step(model, reference, groups, baseline, beta)
+    torch.testing.assert_close(to_go[..., 0], whole, rtol=0, atol=1e-5)  # all is still to come
+    truth = flat(objective(exact, ref, target_k, beta, "plain"))
+    variance = {}
+    for name, weight in dict(to_go=to_go, whole=whole[..., None]).items():
+        mean, variance[name] = moments(weight, groups, probability, jacobian)
+        torch.testing.assert_close(mean, truth, rtol=1e-4, atol=1e-5)
+    assert truth.abs().max() > 1e-2
+    assert variance["to_go"] < 0.8 * variance["whole"], variance
+
+
+def test_reward_to_go_divided_by_the_standard_deviation(weights_of_step):
+    """`std` divides by that of the same group at the same token, and is finite everywhere."""
+    model, reference = language_model(), language_model(seed=9)
+    groups = all_groups(len(LONGER), 3)
+    mean = weights_of_step(model, reference, groups, "mean", 0.5)           # (15^3, 3, T)
+    std = weights_of_step(model, reference, groups, "std", 0.5)
+    assert std.isfinite().all()
+    by_hand = mean / ((mean ** 2).sum(1, keepdim=True) / 2).sqrt().add(1e-4)
+    torch.testing.assert_close(std, by_hand, rtol=1e-3, atol=1e-3)

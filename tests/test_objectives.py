@@ -2,18 +2,27 @@
 
 import copy
 import math
+import textwrap
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
+from data.objectives import load_objective
 from data.options import RunConfig
 from dqo import (
     OBJECTIVES,
     BadInput,
     Config,
     dqo_step,
+    embed,
     objective,
     policy_loss,
     sample,
@@ -256,3 +265,61 @@ def test_strengths_and_groups_that_make_no_sense_are_refused(options, message):
 def test_two_responses_are_enough_for_these(name):
     """Only dqo and pairwise need a third: the mean baseline leaves these a signal at k = 2."""
     RunConfig(objective=name, k=2).check()
+
+
+# ------------------------------------------------------------------------------ empty answers
+def static_encoder(words):
+    """A bag of word vectors, which gives an empty text the zero vector."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    torch.manual_seed(0)
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+
+
+GROUPS = [  # texts; "" is empty
+    ["", "red", "green blue", "dog"],
+    ["", "", "red", "dog"],
+    ["", "red", "red", "red"],
+    ["", "", "", ""],
+]
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("texts", GROUPS, ids=str)
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_emptiness_is_not_paid(name, texts, reward):
+    """No bonus is NaN, that of an empty answer is not above 0, and no other's is below it."""
+    phi = embed(static_encoder("? red green blue dog".split()), texts)[None]    # (1, 4, 16)
+    empty = [not text for text in texts]
+    assert (phi[0].abs().sum(-1) == 0).tolist() == empty
+    bonus_of = OBJECTIVES[name]
+    quality = torch.full((1, 4), reward)
+    logp = torch.full((1, 4, 3), -1.0)
+    bonus = bonus_of(quality, phi if bonus_of.embeds else None, logp, bonus_of.alpha)[0]
+    assert bonus.isfinite().all()
+    if not bonus_of.embeds:
+        return
+    for i in range(4):
+        if empty[i]:
+            assert bonus[i] <= 0
+            assert bonus[i] <= bonus.min() + 1e-6
+
+
+def test_emptiness_is_not_paid_by_a_function_of_yours(tmp_path):
+    """Nor does it make a NaN of what such a function divides by."""
+    text = """
+        def bonus(quality, phi, logp, alpha):
+            return alpha * phi.sum(-1) ** 2 / phi.sum(-1) ** 2
+
+        def bonus_per_token(quality, phi, logp, alpha):
+            return 1 + 0 * logp
+        """
+    (tmp_path / "my.py").write_text(textwrap.dedent(text))
+    phi = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    with mock.patch.dict(OBJECTIVES):
+        for name, shape in (("bonus", (1, 3)), ("bonus_per_token", (1, 3, 2))):
+            spec = f"{tmp_path / 'my.py'}:{name}"
+            load_objective(spec)
+            paid = OBJECTIVES[spec](torch.ones(1, 3), phi, torch.zeros(1, 3, 2), 1.0)
+            assert paid.shape == shape
+            assert paid.view(3, -1)[:, -1].tolist() == [0.0, 1.0, 1.0]

@@ -3,10 +3,16 @@ gives a traceback."""
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 import types
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +24,15 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from conftest import random_llama, word_tokenizer
-from data import prompts, scoring
+from conftest import needs, random_llama, word_tokenizer
+from data import report, scoring, sources
+from data.metrics import group_metrics
 from data.prompts import READY, TASKS, load_rows, prepare
 from data.rewards import countdown, coverage, math_answer, math_strict, rouge
-from data.scoring import check_rows, check_scores, function_in, load_reward
+from data.scoring import check_rows, check_scores, function_in, load_reward, threshold_of
 from dqo import BadInput
 
+ROOT = Path(__file__).resolve().parent.parent
 NONSENSE = [
     "", " ", "\n", ".", "####", "\\boxed{", "\\boxed{}", "٧٢", "⁷²", "七十二", "💥", "a" * 10000,
     "9" * 5000, "#### " + "9" * 5000, "3/0", "#### 3/0", "\x00", "{" * 5000, "-" * 5000,
@@ -39,64 +47,127 @@ def write(path, *rows):
 
 
 # ---------------------------------------------------------------------------------------- rewards
-FOR_MATH_ONLY = [  # answer, and what is right for `math`, but not for `math_strict`
-    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
-        "#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72} 9", "It is \\boxed{72} km",
-        "72 clips", "#### 72 💥", "\\boxed{72 \\text{ km}^2}", "#### 72 + 0", "72 x",
-    ]),
-    (0.75, ["3/4 of it"]),
-]
-FOR_BOTH = [
-    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
-        "#### 72", "####72.", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%",
-        "\\boxed{72}", "so $\\boxed{72}$.", "The answer is 72.", "72", "2 * 36 = 72",
-        "#### 2 * 36 = 72", "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72",
-        "\\boxed{5} \\boxed{72\\%}", "$72$", "144/2", "#### 144/2", "12-72",
-        "\\boxed{\\frac{144}{2}}", "#### \\boxed{72}", "#### 72 €", "\\(72\\)",
-    ]),
-    ("#### 1,234.5", [
-        "#### 1234.50", "1,234.5", "$1,234.5", "\\boxed{1{,}234.5}", "2469/2", "1\\,234.5",
-        "1234 1/2", "1234\\frac{1}{2}",
-    ]),
-    ("#### -3", [
-        "#### -3", "−3", "-$3", "#### $-3", "= - 3", "#### - 3", "\\boxed{-3}", "-3.0",
-        "\\boxed{-\\frac{6}{2}}", "-6/2",
-    ]),
-    (0.75, ["3/4", "0.75", ".75", "\\dfrac{3}{4}", "\\boxed{\\frac{3}{4}}", "6/8"]),
-    (1000000, ["1,000,000", "1000000", "$1,000,000.00"]),
-]
-FOR_NEITHER = [
-    ("#### 72", [
-        "#### 73", "#### -72", "#### 7.2", "720", "7,2", "72 73", "#### 73 72", "72 #### 73",
-        "\\boxed{73} 72", "#### \n", "72 or 73", "#### 72/5", "72.5", "x72", "72e", "1 72/72",
-        "#### seventy-two", "\\boxed{72} \\boxed{7}", "-72", "#### 72 = 73", "172", "1,072",
-    ]),
-    ("#### -3", ["3", "#### 3", "7-3", "−4"]),
-    ("1/2", ["1 1/2", "1\\frac{1}{2}", "2", "-1/2", "0.51", "0.49999999999999999"]),
-    ("5", ["= - 5"]),
+STRICT = [  # answer, right responses, wrong ones
+    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72",
+     ["#### 72", "####72", "#### $72", "#### 72.00", "so 5.\n#### 5\n#### 72", "x\n#### 72 \n\n"],
+     ["72", "\\boxed{72}", "#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72}", "#### 72 💥",
+      "#### 72%", "#### 2 * 36 = 72", "#### 144/2", "so #### 72", "#### 72 73", "#### 73", "#### -72",
+      "#### 7,2", "#### 72e", "#### 7.2e1", "##### 72", "#### ٧٢", "#### 72\n####"]),
+    ("#### 1,234.5", ["#### 1234.50", "#### 1,234.5", "#### $1,234.5"], ["#### 1,2345", "#### 1.234,5"]),
+    ("#### -3", ["#### -3", "#### −3", "#### –3", "#### $-3", "#### -$3", "#### -3.0"],
+     ["#### 3", "#### 7-3", "#### --3", "#### - -3"]),
+    (0.75, ["#### 0.75", "#### .75", "#### 0.750"], ["#### 3/4", "#### 0.7500000000000001"]),
+    (1000000, ["#### 1,000,000", "#### 1000000"], ["#### 1 000 000", "#### 1,000,00", "#### 1e6"]),
+    ("4", ["#### 4"], ["#### 2^4", "2^4", "#### (3, 4)", "#### 4 cm^2", "#### 4 000"]),
+    ("72.", ["#### 72"], []),
 ]
 
 
-@pytest.mark.parametrize("answer,right", FOR_BOTH)
-def test_math_right(answer, right):
+@pytest.mark.parametrize("answer,right,wrong", STRICT)
+def test_math_strict(answer, right, wrong):
     row = {"answer": answer}
-    assert [r for r in right if math_answer(row, r) != 1] == []
     assert [r for r in right if math_strict(row, r) != 1] == []
-
-
-@pytest.mark.parametrize("answer,loose", FOR_MATH_ONLY)
-def test_math_right_with_more_behind_it(answer, loose):
-    row = {"answer": answer}
-    assert [r for r in loose if math_answer(row, r) != 1] == []
-    assert [r for r in loose if math_strict(row, r) != 0] == []
-
-
-@pytest.mark.parametrize("answer,wrong", FOR_NEITHER)
-def test_math_near_misses(answer, wrong):
-    row = {"answer": answer}
-    accepted = {"72e"}  # 72 with a unit that follows at once
-    assert [r for r in wrong + NONSENSE if math_answer(row, r) != 0 and r not in accepted] == []
     assert [r for r in wrong + NONSENSE if math_strict(row, r) != 0] == []
+
+
+MATH = [  # answer, right responses, wrong ones
+    ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
+        "#### 72", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%", "\\boxed{72}",
+        "so $\\boxed{72}$.", "The answer is 72.", "72", "2 * 36 = 72", "#### 2 * 36 = 72",
+        "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72", "$72$", "144/2", "#### \\boxed{72}",
+        "\\boxed{\\frac{144}{2}}", "#### 72 €", "\\(72\\)", "答案是72。", "答えは72です", "#### 72 apples",
+        "\\boxed{72 \\text{ km}^2}", "#### 7.2e1", "\\boxed{8 \\cdot 9}", "sqrt(5184)",
+    ], [
+        "#### 73", "#### -72", "7.2", "720", "72 73", "#### 73 72", "\\boxed{73} 72", "72 or 73", "72/5",
+        "x72", "172", "1,072", "#### 72 = 73", "\\boxed{72} \\boxed{7}", "答案是73。", "\\boxed{72^2}",
+    ]),
+    (r"10,\!080", ["10,080", "\\boxed{10080}", r"\boxed{10,\!080}", r"#### 10\,080"], ["80", "10"]),
+    (r"10\,080", ["10080"], ["80", "90", "10"]),
+    ("(3, 4)", ["(3,4)", "\\boxed{\\left(3, 4\\right)}"], ["4", "3", "\\boxed{(4, 3)}"]),
+    ("[0, 1)", ["\\boxed{[0,1)}"], ["1", "0", "\\boxed{[0,1]}"]),
+    ("1.2e6", ["1200000", "1,200,000", "1.2E+6", "\\boxed{1.2 \\times 10^6}"], ["6/5", "1.2", "6"]),
+    ("5e-3", ["0.005", "\\frac{5}{1000}"], ["5", "-3"]),
+    (1e22, ["\\boxed{10^{22}}"], ["22", "1"]),
+    ("1 / 2", ["0.5", "\\frac12", "\\boxed{1/2}", "1 / 2"], ["1", "2", "1 1/2"]),
+    ("1 1/2", ["3/2", "1.5", "\\boxed{1\\frac{1}{2}}"], ["1", "1/2", "11/2"]),
+    ("–3", ["-3", "−3", "\\boxed{-\\frac{6}{2}}", "The answer is –3."], ["3", "#### 3"]),
+    ("20 cm^2", ["20", "\\boxed{20\\text{ cm}^2}", "#### 20 cm^2", "20 cm²"], ["2", "20^2", "400"]),
+    ("5\\text{ m}^3", ["5", "5 m"], ["3", "125"]),
+    ("答案是72。", ["72", "#### 72"], ["7", "2"]),
+    ("16", ["2^4", "\\boxed{4^2}"], ["4", "2"]),
+    ("x^2 - 1", ["\\boxed{(x-1)(x+1)}", "#### x^2-1"], ["1", "2", "\\boxed{x^2+1}"]),
+    ("\\text{Monday}", ["\\boxed{\\text{Monday}}"], ["\\boxed{\\text{Sunday}}", "72"]),
+]
+
+
+@needs("math_verify")
+@pytest.mark.parametrize("answer,right,wrong", MATH)
+def test_math(answer, right, wrong):
+    row = {"answer": answer}
+    nonsense = [r for r in NONSENSE if r != "٧٢"]
+    assert [r for r in right if math_answer(row, r) != 1] == []
+    assert [r for r in wrong + nonsense if math_answer(row, r) != 0] == []
+
+
+@needs("math_verify")
+@pytest.mark.parametrize("answer", [
+    "none", "no number", "", "nan", "seventy-two", "between 3 and 4", "1e4000", "1.2.3", "8 000", "9^9^9^9",
+    "1000000!", "step 1\nstep 2", float("nan"), None, True, [72], {"a": 1},
+])
+def test_answers_that_math_does_not_understand(answer):
+    with pytest.raises(ValueError, match="needs mathematics"):
+        math_answer({"answer": answer}, "72")
+
+
+BUSY = [
+    "9^9^9^9", "\\boxed{9^{9^{9^9}}}", "9**9**9**9", "10^(10^10)", "\\boxed{10^{10^{10}}}", "1000000!",
+    "\\boxed{1000000!}", "\\boxed{(10^6)!}", "\\boxed{10!!!}", "$(1000000)_{5}$",
+    "\\boxed{\\sum_{n=1}^{10^9} n}", "\\boxed{\\binom{1000000}{500000}}", "word " * 4000, "$x$ " * 5000,
+    "1+" * 9000 + "1", "\\boxed{" * 3000, "{" * 20000, "\\boxed{" + "{" * 150 + "7" + "}" * 151,
+    "\\boxed{" + "(" * 150 + "7" + ")" * 150 + "}", "\\boxed{" + "\\sqrt{2+" * 40 + "2" + "}" * 41,
+]
+
+
+@needs("math_verify")
+@pytest.mark.parametrize("response", BUSY, ids=range(len(BUSY)))
+def test_nothing_keeps_the_parser_busy(response):
+    for answer in ("72", "\\sqrt{2}", "x + 1"):
+        row = {"answer": answer}
+        math_answer(row, "1")  # imports it, reads the answer
+        began = time.monotonic()
+        assert math_answer(row, response) == 0
+        assert time.monotonic() - began < 1
+
+
+@needs("math_verify")
+def test_what_the_look_does_not_catch_the_clock_does():
+    began = time.monotonic()
+    assert math_answer({"answer": "72"}, "\\boxed{(x + y + z + w)^{60}}") == 0
+    assert time.monotonic() - began < 4
+
+
+@needs("math_verify")
+def test_math_in_a_thread_and_beside_handlers_of_signals():
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    with ThreadPoolExecutor(2) as pool:
+        scores = list(pool.map(lambda r: math_answer({"answer": "72"}, r), ["72", "144/2", "71"]))
+    assert scores == [1, 1, 0]
+    assert math_answer({"answer": "72"}, "\\boxed{72.0}") == 1
+    assert handlers == [signal.getsignal(s)
+                        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+
+
+@pytest.mark.parametrize("reward,data,package", [
+    ("math", "x.jsonl", "math_verify"),
+    ("coverage", "x.jsonl", "simplemma"),
+    (None, "commongen", "simplemma"),
+])
+def test_a_missing_package_is_named_at_the_start(monkeypatch, reward, data, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=f"pip install {package.replace('_', '-')}") as error:
+        load_reward(reward, data)
+    assert "\n" not in str(error.value)
+    load_reward("rouge", data)  # which needs none
 
 
 RIGHT_37 = [
@@ -156,27 +227,128 @@ def test_countdown_is_exact():
     assert countdown(row, "8 * 3 * (8 - 7)") == 0
 
 
+SENTENCES = """
+bring ball dog: The dog brought the ball back
+give flower girl: a boy gave the girl a flower .
+sit bench park: An old man is sitting on a bench in the park.
+tooth brush child: Children brushed their teeth
+knife chef cut: The chef was cutting bread with sharp knives.
+leaf fall tree: Leaves fall from the trees in autumn .
+leave house dog: she left the house with her dog
+feel wind face: He felt the wind on his face.
+think man chair: the man thought for a while in his chair
+shoot ball player: A player shot the ball into the net.
+rise sun mountain: The sun rose over the mountains
+win team game: Our team won the game !
+go store walk: They have gone for a walk to the store.
+ride horse woman: A woman rode her horse along the beach.
+teach class student: Ms. Lee taught the students in her class.
+wear hat boy: The boy wore a red hat, and smiled.
+throw frisbee catch dog: The dog catches the frisbee that his owner threw.
+stand field look: I stood and looked across the field, peacefully.
+swim pool kid: Kids swam in the pool all day
+drive car road: He has driven his car down the road at 5 p.m. every day.
+write letter desk: She is writing letters at her desk.
+bake cake oven: We are baking cakes in the oven
+skate rink girl: the girls skated around the rink
+snow cover mountain: A snow-covered mountain under snow that fell at night.
+wife husband dance: The husbands danced with their wives.
+shelf book put: put the books on the shelves
+wolf run forest: Wolves are running through the forest.
+hang wall picture: A picture hung on the wall.
+hold hand couple: The couple's hands held tight.
+dog fence jump: My dog's friend jumped over the fence...
+strike ball bat: The batter struck the ball with a bat.
+sing stage singer: The singer sang on stage.
+ski skier slope: A skier skis down the slope
+surf wave surfer: the surfers surfed a big wave .
+sleep bed cat: Cats slept in the bed
+eat plate food: The food on the plate was eaten.
+build sand castle: A castle was built from sand.
+buy ticket movie: "I bought a ticket for the movie!" he shouted.
+speak crowd man: The man spoke to the crowd.
+break window ball: The ball broke the window
+choose shirt store: He chose a shirt in the store.
+bite apple girl: The girl bit into an apple.
+dig hole garden: A hole was dug in the garden
+lead horse barn: The farmer led the horses to the barn.
+shake hand man: Two men shook hands.
+big fish catch: He caught a bigger fish than I did.
+foot ball kick: He kicked the ball with both feet.
+mouse cheese eat: Mice ate the cheese.
+woman man dance: women and men dancing
+tie rope boat: The boat is tied up, tying the rope took long.
+lie grass sun: He is lying in the grass under the sun
+lay table cloth: She laid a cloth on the table.
+fly kite sky: A kite flew high in the sky.
+draw picture pencil: The picture was drawn with a pencil.
+blow candle cake: Blowing candles out on the cake, she made a wish
+set table plate: He is setting plates on the table.
+cry baby mother: The baby cried until its mother came.
+carry box stair: She carries boxes up the stairs.
+hot dog grill: Hot dogs sizzle on the grill.
+run race runner: Runners run a race in the U.S. every spring.
+fisherman net boat: Fishermen pull a net into the boat.
+grind coffee bean: Coffee beans are ground.
+tomato potato cook: Cooking potatoes and tomatoes for 3.5 hours
+wind scarf neck: She wound a scarf around her neck.
+"""
+
+
+BOXED_37 = [
+    "\\boxed{57 - 8 - 12}", "so $\\boxed{57 - 8 - 12}$.", "\\[\n\\boxed{57-8-12}\n\\]", "**\\boxed{57-8-12}**",
+    "\\(\\boxed{57 - (8 + 12)}\\).", "\\boxed{57 - 8 - 12 = 37}", "<answer>\\boxed{57-8-12}</answer>",
+    "\\boxed{\\left(57 - 8\\right) - 12}", "Answer: $57 - 8 - 12$", "\\boxed{57\\,-\\,8 - 12}",
+]
+NOT_BOXED_37 = [
+    "\\boxed{37}", "\\boxed{57 - 8}", "\\boxed{57 - 8 - 12} or so", "\\boxed{57 - 8 - 12", "\\boxed{}",
+    "\\boxed{57 - 8 - 12}\nyes", "\\boxed{57 - 8 - 12} \\boxed{1}", "\\frac{57 - 8 - 12}{1}",
+    "\\frac{" * 4000 + "1", "\\boxed{9^9^9}",
+]
+
+
+def test_countdown_in_latex():
+    row = {"answer": {"nums": [12, 8, 57], "target": 37}}
+    assert [r for r in BOXED_37 if countdown(row, r) != 1] == []
+    assert [r for r in NOT_BOXED_37 if countdown(row, r) != 0] == []
+    row = {"answer": {"nums": [3, 8, 4, 6], "target": 36}}
+    right = [
+        "\\boxed{3 \\times 8 \\times \\frac{6}{4}}", "3 \\cdot8 \\cdot \\dfrac{6}{4}",
+        "\\frac{3\\times8\\times 6}{4}", "\\boxed{3 × 8 × 6 ÷ 4}", "3 \\times 8 \\times 6 \\div4",
+        "\\boxed{\\frac{\\frac{3 \\cdot 8}{4}}{1} \\cdot 6}",
+    ]
+    assert [countdown(row, r) for r in right] == [1, 1, 1, 1, 1, 0]  # the last has a 1 too many
+
+
+@needs("simplemma")
 def test_coverage():
     row = {"answer": ["ski", "Mountain", "carry", "stop", "bake", "sit"]}
     right = [
         "He skis on a mountain, carries bread, stopped baking and sat.",
         "Skiing down mountains they carried what we stop to bake, sitting!",
+        "He skis on a mountain, carries bread, stopped baking and sat",  # as many people write
+        "Mr. Lee skis on a mountain and carries bread, stopped baking and sat at 5 p.m. today .",
     ]
     wrong = [
         "He skis on a mountain, carries bread, stopped baking.",
-        "He skis on a mountain, carries bread, stopped baking and sat",
-        "He sat. He skis on a mountain, carries bread, stopped baking and sat.",
+        "He sat. He skis on a mountain, carries bread, stopped baking.",
+        "He sat . he skis on a mountain , carries bread , stopped baking .",
         "He skis on a mountain,\ncarries bread, stopped baking and sat.",
         "He skis on a mountain, carries bread, stopped baking and sat" + " and" * 20 + ".",
+        "He skis on a mountain, carries bread, stopped baking and sat on the",  # cut short
         "Skimming mountainous carryalls, stopgap bakery sitcom.",
         "ski-mountain carry stop bake sit.",
+        "ski, mountain, carry, stop, bake and sit",
+        "1. ski 2. mountain 3. carry 4. stop 5. bake 6. sit",
     ]
     assert [r for r in right if coverage(row, r) != 1] == []
     assert [r for r in wrong + NONSENSE if coverage(row, r) != 0] == []
 
 
+@needs("simplemma")
 @pytest.mark.parametrize("word,sentence,expected", [
     ("dog", "The dogs here.", 1),
+    ("dog", "The dog's tail.", 1),
     ("watch", "The watches here.", 1),
     ("play", "The played here.", 1),
     ("play", "The plays here.", 1),
@@ -184,13 +356,31 @@ def test_coverage():
     ("run", "The running here.", 1),
     ("cry", "The cries here.", 1),
     ("child", "The children here.", 1),
+    ("cover", "A snow-covered hill.", 1),
     ("hot dog", "A dog in hot sun.", 1),
+    ("hot dog", "He eats hot-dogs.", 1),
     ("café", "Two cafés.", 1),
+    ("surf", "A surfer here.", 1),
+    ("ski skier", "A skier skis.", 1),
+    ("ski skier", "A skier on snow.", 0),  # each word needs its own
     ("be", "A bee.", 0),
     ("dog", "A hotdog.", 0),
+    ("man", "So many hats.", 0),
+    ("car", "A carpet here.", 0),
 ])
 def test_forms_of_a_word(word, sentence, expected):
     assert coverage({"answer": [word]}, sentence) == expected
+
+
+@needs("simplemma")
+def test_coverage_takes_what_people_write():
+    """64 sentences over more than 60 irregular and regular words, as people write for CommonGen."""
+    rejected = []
+    for line in SENTENCES.strip().splitlines():
+        words, _, sentence = line.partition(": ")
+        if coverage({"answer": words.split()}, sentence) != 1:
+            rejected.append(line)
+    assert rejected == []
 
 
 @pytest.mark.parametrize("answer,response,expected", [
@@ -481,7 +671,7 @@ def hub(monkeypatch):
         load_dataset=load_dataset, get_dataset_split_names=lambda *name: splits
     )
     monkeypatch.setitem(sys.modules, "datasets", package)
-    monkeypatch.setattr(prompts, "offline", lambda: False)
+    monkeypatch.setattr(sources, "offline", lambda: False)
     return types.SimpleNamespace(asked=asked, splits=splits)
 
 
@@ -514,10 +704,10 @@ def test_no_hub(hub, monkeypatch):
     with pytest.raises(BadInput, match="ValueError: Unknown split dev .*; pass") as error:
         load_rows("owner/some-set", "dev")
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(prompts, "offline", lambda: True)
+    monkeypatch.setattr(sources, "offline", lambda: True)
     with pytest.raises(BadInput, match="the hub cannot be reached.*pass"):
         load_rows("owner/some-set", "train")
-    monkeypatch.setattr(prompts, "offline", lambda: False)
+    monkeypatch.setattr(sources, "offline", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match="pip install datasets"):
         load_rows("owner/some-set", "train")
@@ -572,6 +762,9 @@ def module(tmp_path, text):
 @pytest.mark.parametrize("body,message", [
     ("return [0.5]", "1 values for 3"),
     ("return None", "TypeError"),
+    ("return {1: 0.5, 0: 0.5, 2: 0.5}", "a dict is no list"),  # whose keys would be the scores
+    ("import collections; return collections.Counter([0, 1, 2])", "a Counter is no list"),
+    ("return {0, 0.5, 1}", "a set is no list"),  # in any order
     ("return 3", "TypeError"),
     ("return ['1'] * 3", "'1' is not a finite"),
     ("return [None] * 3", "None is not"),
@@ -663,6 +856,83 @@ def test_files_that_cannot_be_imported(tmp_path, flag, text, message):
             load_reward(module(tmp_path, text), "x.jsonl")
 
 
+MODULES = {
+    "a dataclass whose annotations are deferred": """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Weights:
+    length: float = 2.0
+def score(prompts, responses, rows):
+    return [Weights().length * len(r) for r in responses]
+""",
+    "a process pool": """
+import concurrent.futures, multiprocessing
+def twice(text):
+    return 2.0 * len(text)
+def score(prompts, responses, rows):
+    context = multiprocessing.get_context(METHOD)
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        return list(pool.map(twice, responses))
+""",
+    "a neighbour": """
+from a_neighbour import FACTOR
+def score(prompts, responses, rows):
+    import another_neighbour  # not before it is needed
+    return [another_neighbour.times(FACTOR, len(r)) for r in responses]
+""",
+    "its own name": """
+import pickle, sys
+def score(prompts, responses, rows):
+    assert sys.modules[__name__].score is score and pickle.loads(pickle.dumps(score)) is score
+    return [2.0 * len(r) for r in responses]
+""",
+}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("what", MODULES)
+@pytest.mark.parametrize("name", ["my.py", "json.py", "time.py", "my-own v2.py"])
+def test_a_reward_file_is_a_module(tmp_path, method, what, name):
+    """In a process of its own, as train.py would load it; names of other modules included."""
+    if what != "a process pool" and method == "spawn":
+        pytest.skip("the same")
+    if method == "spawn" and name != "my.py":
+        pytest.skip("a fresh interpreter has to find the file by the name of the module")
+    (tmp_path / "a_neighbour.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "another_neighbour.py").write_text("def times(a, b):\n    return a * b\n")
+    (tmp_path / name).write_text(MODULES[what].replace("METHOD", repr(method)))
+    main = tmp_path / "elsewhere" / "main.py"
+    main.parent.mkdir()
+    main.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+if __name__ == "__main__":
+    from data.scoring import function_in, load_reward
+    spec = {str(tmp_path / name) + ":score"!r}
+    reward = load_reward(spec, "x.jsonl")
+    assert reward(["p"] * 3, ["a", "bb", ""], [{{}}] * 3) == [2.0, 4.0, 0.0]
+    assert function_in("--objective", spec) is function_in("--reward", spec)
+    import json, time
+    assert json.dumps(1) == "1" and time.time() > 0
+""")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, str(main)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_two_reward_files_of_the_same_name(tmp_path):
+    """And one that was changed: each time the file that is named, as it is now."""
+    for folder, factor in (("a", 1), ("b", 2), ("a", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = f"def score(prompts, responses, rows):\n    return [{factor}] * len(rows)\n"
+        (tmp_path / folder / "my.py").write_text(text)
+        reward = load_reward(f"{tmp_path}/{folder}/my.py:score", "x.jsonl")
+        assert reward(["p"], ["r"], [{}]) == [factor]
+    assert sys.path[0] != str(tmp_path / "a")  # it hides nothing
+
+
 def test_functions_by_file_and_name(tmp_path):
     bonus = function_in("--objective", module(tmp_path, "def score(x): return x + 1"))
     assert bonus(1) == 2
@@ -675,6 +945,116 @@ def test_what_is_no_reward():
         load_reward("maths", "x.jsonl")
     with pytest.raises(BadInput, match="needs --reward"):
         load_reward(None, "openai/gsm8k")
+
+
+# -------------------------------------------------------------------------------- what is correct
+@pytest.mark.parametrize("body,expected", [
+    ("", None),
+    ("score.range = (0, 1)", 1),
+    ("score.range = (0, 10)", 10),  # 1 would be a tenth
+    ("score.range = (-1, 1)", 1),
+    ("score.range = (0, float('inf'))", None),
+    ("score.threshold = 0.5", 0.5),
+    ("score.range = (0, 10); score.threshold = 7", 7),
+    ("score.range = (0, 1); score.threshold = None", None),
+])
+def test_threshold_of_an_own_reward(tmp_path, body, expected):
+    text = f"def score(prompts, responses, rows):\n    return [0] * len(rows)\n{body}\n"
+    spec = module(tmp_path, text)
+    assert threshold_of(load_reward(spec, "x.jsonl"), "x") == expected
+    assert threshold_of(load_reward(spec, "x.jsonl", 0.25), "x") == 0.25
+
+
+@pytest.mark.parametrize("body,threshold,message", [
+    ("score.threshold = 'high'", None, "my.py:score: score.threshold is 'high'"),
+    ("score.threshold = float('nan')", None, "threshold is nan"),
+    ("score.range = (0, 1); score.threshold = 2", None, "above 0, and at most at 1"),
+    ("score.range = (0, 1)", 0.0, "--threshold is 0.0"),
+    ("score.range = (0, 1)", 1.5, "--threshold is 1.5"),
+    ("", float("inf"), "--threshold is inf"),
+    ("", float("nan"), "--threshold is nan"),
+])
+def test_what_is_no_threshold(tmp_path, body, threshold, message):
+    spec = module(tmp_path, f"def score(prompts, responses, rows):\n    return [0]\n{body}\n")
+    with pytest.raises(BadInput, match=message):
+        load_reward(spec, "x.jsonl", threshold)
+
+
+def test_thresholds_of_tasks(tmp_path):
+    assert threshold_of(load_reward("rouge", "x.jsonl"), "x") is None
+    assert threshold_of(load_reward("rouge", "x.jsonl", 0.5), "x") == 0.5
+    assert threshold_of(load_reward("math_strict", "x.jsonl"), "x") == 1
+    mixed = load_reward(None, "story,dolly,gsm8k")
+    assert [threshold_of(mixed, task) for task in ("story", "dolly", "gsm8k")] == [1, None, 1]
+    assert threshold_of(load_reward(None, "story,dolly", 0.3), "dolly") == 0.3
+    assert threshold_of(lambda prompts, responses, records: [0], "x") == 1  # a library user's
+
+
+def test_group_metrics_with_thresholds():
+    texts, phi = ["a", "b", "c", "d"], torch.eye(4)
+    sum_of_parts = .7 + .2 + .1  # 0.9999999999999999
+    for scores, threshold, right in [
+        ([sum_of_parts, 1.0, 0.99, 0.0], 1.0, 2),
+        ([1, 9.9999999, 10, 0.1 * 3 / 0.03], 10, 3),
+        ([0.1 + 0.2, 0.3, 0.29, 0.5], 0.3, 3),
+        ([-1.0, -0.5, -2.0, -3.0], -1.0, 2),
+    ]:
+        found = group_metrics(texts, scores, phi, threshold)
+        assert found["distinct_correct"] == right
+        assert found["pass_at"]["1"] == pytest.approx(right / 4)
+    graded = group_metrics(texts, [3, 1, 2, 0], phi, None)
+    assert not set(graded) & {"pass_at", "distinct_correct", "effective_diversity"}
+    assert graded["max_at"] == pytest.approx({"1": 1.5, "2": 14 / 6, "4": 3})
+
+
+SCORED = """
+import json, sys
+sys.path.insert(0, ROOT)
+from eval import main
+sys.exit(main(["data/tiny", "--limit", "2", "--n", "2", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("reward,flags,head,shown,not_shown", [
+    ("[0.7 + 0.2 + 0.1] * len(rows)\nscore.range = (0, 1)", [],
+     "(correct: a quality of at least 1)", ["pass@1 1.000"], ["max@1 "]),
+    ("[1.0] * len(rows)\nscore.range = (0, 10)", [],
+     "(correct: a quality of at least 10)", ["pass@1 0.000", "max@2 1.000"], []),
+    ("[4.0] * len(rows)", [], "(correct: none, see --threshold)", ["max@1 4.000", "max@2 4.000"],
+     ["pass@", "distinct correct", "effective"]),
+    ("[4.0] * len(rows)", ["--threshold", "3.5"],
+     "(correct: a quality of at least 3.5)", ["pass@1 1.000"], ["max@1 "]),
+])
+def test_the_table_says_what_is_correct(tmp_path, reward, flags, head, shown, not_shown):
+    spec = module(tmp_path, f"def score(prompts, responses, rows):\n    return {reward}\n")
+    args = ["--data", "story", "--reward", spec, "--json", f"{tmp_path}/r.json",
+            "--plot", f"{tmp_path}/p.png", *flags]
+    command = [sys.executable, "-c", SCORED.replace("ROOT", repr(str(ROOT))), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    table = " ".join(done.stdout.split())
+    assert head in table
+    assert [x for x in shown if x not in table] == []
+    assert [x for x in not_shown if x in table] == []
+    (result,) = json.loads((tmp_path / "r.json").read_text())
+    assert ("pass_at" in result) == (result["threshold"] is not None)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_tasks_with_a_threshold_and_without():
+    about = dict(model="m", prompts=2, n=2)
+    texts, phi = ["a", "b"], torch.eye(4)[:2]
+    with_one, without = group_metrics(texts, [1, 0], phi), group_metrics(texts, [3, 5], phi, None)
+    results = []
+    for task, threshold, mean in (("a", 1.0, with_one), ("b", None, without)):
+        results.append(dict(about, task=task, threshold=threshold, **mean, se=mean))
+    table = report.table(results)
+    assert "(correct: a quality of at least 1)" in table and "(correct: none" in table
+    assert "average" in table and table.count("pass@1") == 1
+    change = report.change(results, results)
+    assert "pass/max@2" in change
+    assert "(correct: a quality of at least 1 or none, see --threshold)" in change
+    assert change.splitlines()[-2].split()[-2:] == ["-", "-"]
 
 
 # ----------------------------------------------------------------------------------- reward models

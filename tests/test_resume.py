@@ -162,12 +162,96 @@ def test_a_checkpoint_is_a_model_folder(whole):
     load_model(str(whole / "checkpoints/step-8"))
 
 
+# --------------------------------------------------------------------- one process in a folder
+BUSY = "another train.py is at work in run"
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A run in the folder `run`, stopped by the system in the middle of its work."""
+    process = start(tmp_path, *FLAGS, "--steps", "500", "--out", "run")
+    wait_for(tmp_path / "run/metrics.jsonl", process, pause=0.02)
+    process.send_signal(signal.SIGSTOP)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("args", [
+    ["--resume", "run"],
+    ["--resume", "./run/", "--steps", "600"],
+    [*FLAGS, "--out", "run", "--overwrite"],
+])
+def test_a_second_process_is_refused(running, tmp_path, monkeypatch, capsys, args):
+    """In one line, with nothing in the folder touched."""
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path / "run")
+    assert main(*args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert BUSY in line
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_the_first_is_gone_a_second_goes_on(running, tmp_path, monkeypatch, number):
+    """However it ended: nothing is left that would hold it up."""
+    monkeypatch.chdir(tmp_path)
+    running.send_signal(signal.SIGCONT)
+    running.send_signal(number)
+    running.communicate()
+    done = max(runs.checkpoints(Path("run")))
+    monkeypatch.setattr(train, "conclude", lambda *args: None)
+    assert main("--resume", "run", "--steps", str(done + 1)) == 0
+    assert max(runs.checkpoints(Path("run"))) == done + 1
+    assert not Path("run/.lock").exists()
+
+
+FORKS = """\
+import os
+import time
+
+def score(prompts, responses, rows):
+    if not os.path.exists("child"):
+        open("child", "w").close()
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+    return [0.5] * len(rows)
+"""
+
+
+def test_a_forked_child_does_not_hold_the_folder(tmp_path, monkeypatch):
+    """A process of a reward that has outlived a run that was killed."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(FORKS)
+    process = start(tmp_path, *FLAGS, "--reward", "my.py:score", "--out", "run")
+    wait_for(Path("run/metrics.jsonl"), process, pause=0.02)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    monkeypatch.setattr(train, "conclude", lambda *args: None)
+    assert main("--resume", "run", "--steps", "9") == 0
+
+
+def test_two_that_start_at_once_get_a_folder_each(tmp_path):
+    """Without --out, both look for the next free one."""
+    flags = [*FLAGS, "--steps", "1"]
+    processes = [start(tmp_path, *flags) for _ in range(2)]
+    for process in processes:
+        finish(process)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dqo", "dqo-2"]
+
+
 # ------------------------------------------------------------------------------ files of yours
 REWARD = """\
 import random
 
+import numpy
+
 def score(prompts, responses, rows):
-    return [9 + len(text) / 9 + random.random() for text in responses]
+    luck = random.random() + numpy.random.normal()  # of two, numpy keeps one for the next call
+    return [9 + len(text) / 9 + luck + numpy.random.rand() for text in responses]
 
 score.range = (-float("inf"), float("inf"))
 """
@@ -196,6 +280,26 @@ def test_everything_a_step_depends_on_comes_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text(REWARD)
     assert_step_4_again(["--kernel", "quality", "--reward", "my.py:score"])
+
+
+def test_numpy_is_seeded(tmp_path, monkeypatch):
+    """Python's generator and numpy's: two runs of a seed are the same, whatever it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "conclude", lambda *args: None)
+    Path("my.py").write_text(REWARD)
+    flags = [*FLAGS, "--steps", "1", "--reward", "my.py:score"]
+    for name, seed in (("a", "7"), ("b", "7"), ("c", str(2 ** 40))):
+        assert main(*flags, "--seed", seed, "--out", name) == 0
+    assert_same_run(Path("a"), Path("b"))
+    assert not equal(Path("a"), Path("c"))
+
+
+def test_a_checkpoint_from_before_numpys_state_was_saved(whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    state = torch.load(run / STATE, weights_only=True)
+    del state["random"]["numpy"]
+    torch.save(state, run / STATE)
+    assert main("--resume", str(run), "--steps", "9") == 0
 
 
 def test_an_objective_in_a_file_is_loaded_again(tmp_path, monkeypatch, capsys):

@@ -1,14 +1,28 @@
 """Sampling and scoring: what is drawn, from which distribution; and scoring sees the same."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from transformers.cache_utils import DynamicCache
 
+import dqo
 from conftest import random_gpt2, random_llama
-from dqo import BadInput, draw, prompt_ids, sample, token_logps
+from data import models
+from dqo import (
+    BadInput,
+    Config,
+    PickedLogProbs,
+    draw,
+    dqo_step,
+    prompt_ids,
+    run_prompts,
+    sample,
+    token_logps,
+)
 
 # Of different lengths, so that the batch is padded.
 PROMPTS = ["<s> w5 w6", "<s>", "<s> w9 w9 w3 w30 w7", "<s> w4"]
@@ -241,6 +255,34 @@ def test_text_is_the_response_only(model, tokenizer):
         assert words == [f"w{token}" for token in tokens if token > 2]
 
 
+def test_an_end_token_is_not_part_of_the_text(model, tokenizer):
+    """Not even one that the tokenizer does not know as special, here w7 and w11."""
+    model.generation_config.eos_token_id = [2, 7, 11]
+    torch.manual_seed(0)
+    rollout = sample(model, tokenizer, PROMPTS, 12, 12)
+    ends = set()
+    for i, text in enumerate(rollout.texts):
+        tokens = rollout.tokens[i, rollout.prompt_length:][rollout.mask[i]].tolist()
+        ends.add(tokens[-1])
+        assert text.split() == [f"w{token}" for token in tokens if token not in (0, 1, 2, 7, 11)]
+    assert ends & {7, 11}
+
+
+def test_a_prompt_is_not_taken_for_another_that_is_padded(model, tokenizer):
+    """[5], padded with the id 2, and [2, 5] are the same ids; each is scored as it is alone."""
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2)
+    torch.manual_seed(0)
+    rollout = sample(model, tokenizer, [[2, 5], [5]], 4, 12)
+    assert (rollout.tokens[:, :2] == torch.tensor([2, 5])).all()
+    with torch.no_grad():
+        scored = token_logps(model, rollout)
+        for i in range(8):
+            alone = one_row(model, rollout, i, 1.0)
+            torch.testing.assert_close(
+                scored[i, :len(alone)].double(), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scored, rollout.logp, rtol=0, atol=1e-5)
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for m in messages %} {{ m['content'] }}{% endfor %}"
@@ -253,7 +295,7 @@ def test_prompts(model, tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE
     assert prompt_ids(tokenizer, "w5 w6") == [1, 5, 6, 39]  # one start token, not two
     assert prompt_ids(tokenizer, "w5 w6", plain=True) == [5, 6]
-    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w7"}]
+    chat = [{"role": "user", "content": "w5"}, {"role": "user", "content": "w7"}]
     assert prompt_ids(tokenizer, chat) == [1, 5, 7, 39]
     assert sample(model, tokenizer, [[1, 5, 6]], 1, 1).tokens[0, :3].tolist() == [1, 5, 6]
 
@@ -263,6 +305,56 @@ def test_prompts(model, tokenizer):
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     with pytest.raises(BadInput, match="end token"):
         sample(model, tokenizer, ["w5"], 1, 1)
+
+
+THINKING = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if enable_thinking %}w38 {% endif %}{% if effort == 'low' %}w37{% endif %}")
+
+
+def test_template_args_reach_the_chat_template(model, tokenizer, monkeypatch):
+    """From prompt_ids and from the options of a step; text taken as it is knows no template."""
+    tokenizer.chat_template = THINKING
+    both = dict(enable_thinking=True, effort="low")
+    assert prompt_ids(tokenizer, "w5") == [5]
+    assert prompt_ids(tokenizer, "w5", template_args=dict(enable_thinking=True)) == [5, 38]
+    assert prompt_ids(tokenizer, "w5", template_args=both) == [5, 38, 37]
+    assert prompt_ids(tokenizer, "w5", plain=True, template_args=both) == [5]
+
+    seen, draw_responses = [], dqo.sample
+
+    def noted(model, tokenizer, prompts, *rest):
+        seen.extend(prompts)
+        return draw_responses(model, tokenizer, prompts, *rest)
+    monkeypatch.setattr(dqo, "sample", noted)
+    for args in (None, both):
+        options = Config(objective="grpo", k=2, max_new_tokens=2, beta=0, template_args=args)
+        dqo_step(model, tokenizer, None, lambda prompts, *_: [0.0] * len(prompts),
+                 torch.optim.SGD(model.parameters()), [{"prompt": "w5"}], options)
+    assert seen == [[5], [5, 38, 37]]
+
+
+def test_log_probabilities_that_are_not_finite_are_refused(model, tokenizer):
+    """The error names the prompt, wherever in the response it happens."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = math.nan  # w9 stands in the third prompt only
+    with pytest.raises(BadInput, match="not finite for the prompt '.*w9 w9 w3 w30 w7'"):
+        sample(model, tokenizer, PROMPTS, 2, 1)
+    alone = PROMPTS[:2] + PROMPTS[3:]
+    assert sample(model, tokenizer, alone, 2, 1).logp.isfinite().all()
+
+    # Once a response has w9 in it, here the first one of "w4".
+    torch.manual_seed(0)
+    good = sample(random_llama(40), tokenizer, ["<s>", "<s> w4"], 3, 8)
+    said = good.tokens[3, good.prompt_length]
+    assert not (good.tokens == said).any(1)[:3].any()
+    torch.manual_seed(0)
+    broken = random_llama(40)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[said] = math.nan
+    torch.manual_seed(0)
+    with pytest.raises(BadInput, match="not finite for the prompt '<s> w4'"):
+        sample(broken, tokenizer, ["<s>", "<s> w4"], 3, 8)
 
 
 def test_rows_of_a_rollout(model, tokenizer):
@@ -280,3 +372,173 @@ def test_rows_of_a_rollout(model, tokenizer):
             same = scored[index][:, :T]
             torch.testing.assert_close(token_logps(model, part), same, rtol=0, atol=1e-5)
     assert whole.select(slice(3, 6)).prompt_length == 1  # the second prompt is one token long
+
+
+TURNS = (
+    "{% for m in messages %}<s> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> w39 {% endif %}")
+
+
+@pytest.mark.parametrize("contents, ids", [
+    (["w5"], [1, 5, 2, 1, 39]),
+    (["w5", "w7"], [1, 5, 2, 1, 7]),  # the answer goes on: neither closed nor followed by a turn
+    (["w5", "w7 w8 "], [1, 5, 2, 1, 7, 8]),
+    (["w5", "w7", "w5"], [1, 5, 2, 1, 7, 2, 1, 5, 2, 1, 39]),  # it was the user's turn
+])
+def test_an_answer_that_was_begun_is_continued(tokenizer, contents, ids):
+    tokenizer.chat_template = TURNS
+    roles = ["user", "assistant", "user"]
+    chat = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+    assert prompt_ids(tokenizer, chat) == ids
+
+
+@pytest.mark.parametrize("form, ids", [
+    ("<s> $A", [1, 5, 6]),
+    ("$A </s>", [5, 6]),  # as of T5
+    ("<s> $A </s>", [1, 5, 6]),  # as of a Llama with add_eos_token
+])
+def test_a_prompt_is_not_ended_by_the_tokenizer(tokenizer, form, ids):
+    special = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=form, special_tokens=special)
+    assert prompt_ids(tokenizer, "w5 w6") == ids
+    tokenizer.chat_template = TURNS
+    assert prompt_ids(tokenizer, "w5 w6", plain=True) == ids
+    assert prompt_ids(tokenizer, "w5 w6") == [1, 5, 6, 2, 1, 39]
+
+
+def test_temperature_0_takes_the_likeliest_token(model, tokenizer):
+    """Whatever the seed, and the same for all responses of a prompt."""
+    T = 6
+    rollout = sample(model, tokenizer, PROMPTS, 3, T, temperature=0)
+    for i in range(0, len(PROMPTS) * 3, 3):
+        ids = prompt_ids(tokenizer, PROMPTS[i // 3])
+        for _ in range(T):
+            ids = ids + [int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            if ids[-1] == 2:
+                break
+        for row in range(i, i + 3):
+            tokens = rollout.tokens[row][rollout.attention_mask[row].bool()].tolist()
+            assert tokens == ids
+    assert rollout.logp.isfinite().all()
+
+
+# -------------------------------------------------------------------- what autocast does to it
+@pytest.fixture
+def cudnn():
+    """cuDNN's attention is on, as torch begins, and afterwards as before."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_of_cuda(cudnn, monkeypatch, native):
+    """bf16 where the GPU can, float32 where it would be emulated, cuDNN's attention nowhere."""
+    def supported(including_emulation=True):
+        return native or including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert isinstance(dqo.autocast(torch.device("cpu")), contextlib.nullcontext)
+    assert cudnn()
+    context = dqo.autocast(torch.device("cuda"))
+    assert not cudnn()
+    if native:
+        assert (context.device, context.fast_dtype) == ("cuda", torch.bfloat16)
+    else:
+        assert isinstance(context, contextlib.nullcontext)
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """autocast as on a GPU, but on the CPU. Gives a function that turns it on."""
+    def turn_on():
+        for module in (dqo, models):
+            monkeypatch.setattr(module, "autocast",
+                                lambda device: torch.autocast("cpu", torch.bfloat16))
+    return turn_on
+
+
+def test_keys_and_values_are_bf16_under_autocast(tokenizer, bf16, monkeypatch):
+    """Those of the prompts and those of each token after; no log-probability is another."""
+    caches = []
+
+    def noted(*args):
+        caches.append(run_prompts(*args))
+        return caches[-1]
+
+    def types():
+        return {x.dtype for cache, _ in caches for y in cache.layers for x in (y.keys, y.values)}
+
+    def run():
+        caches.clear()
+        torch.manual_seed(0)
+        rollout = sample(model, tokenizer, PROMPTS, 6, 8)
+        return rollout.tokens, rollout.logp, token_logps(model, rollout)
+    monkeypatch.setattr(dqo, "run_prompts", noted)
+    model = random_llama(40)
+    exact = run()
+    assert types() == {torch.float32}
+
+    bf16()
+    halved = run()
+    assert len(caches) == 2
+    assert types() == {torch.bfloat16}
+    assert (halved[1] - exact[1]).abs().max() > 1e-4, "nothing was computed in bf16"
+    monkeypatch.setattr(dqo, "keep_in", lambda dtype, cache: None)
+    whole = run()
+    assert torch.float32 in types()
+    for a, b in zip(halved, whole):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_halved_reference_scores_bit_for_bit(tokenizer, bf16, tied):
+    """Half the memory under bf16 autocast, and the very same log-probabilities; else untouched."""
+    def reference():
+        """Wide enough for its embedding to be small beside its layers."""
+        return random_llama(40, hidden=64, layers=3, tie_word_embeddings=tied)
+
+    def size(model):
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    model = reference().requires_grad_(False)
+    assert models.halve(model) is model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+    bf16()
+    rollout = sample(model, tokenizer, PROMPTS, 4, 8)
+    expected = token_logps(model, rollout)
+    trained = models.halve(reference())  # what is trained is left alone
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+
+    before = size(model)
+    assert models.halve(model) is model
+    assert size(model) < 0.53 * before
+    embedding = model.get_input_embeddings().weight
+    assert embedding.dtype == torch.float32
+    assert (model.lm_head.weight is embedding) == tied
+    assert token_logps(model, rollout).equal(expected)
+
+
+# ---------------------------------------------------------------- the gradient within the logits
+def test_picked_log_probs_can_be_differentiated_once():
+    """A second derivative is refused, rather than wrong; so are logits that are parameters."""
+    parameters, token = torch.randn(3, 5, requires_grad=True), torch.tensor([4, 0, 2])
+    kept = parameters.detach().clone()
+    for logits in (parameters, parameters.view(3, 5), parameters[:, :4]):
+        with pytest.raises(ValueError, match="overwritten"):
+            PickedLogProbs.apply(logits, token.clamp(max=3), 1.0, 2)
+    assert parameters.equal(kept)
+
+    logp = PickedLogProbs.apply(parameters * 1, token, 0.5, 2)
+    expected = (kept / 0.5).log_softmax(-1)[torch.arange(3), token]
+    torch.testing.assert_close(logp, expected)
+    gradient, = torch.autograd.grad((logp * logp).sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    assert parameters.equal(kept)
+
+    constant = kept.clone()  # without a gradient there is nothing to overwrite
+    torch.testing.assert_close(PickedLogProbs.apply(constant, token, 0.5, 2), expected)
+    assert constant.equal(kept)

@@ -6,19 +6,23 @@ import zlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bench
 import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
 from data.options import RunConfig
 from conftest import random_llama
 from dqo import (
+    OBJECTIVES,
     BadInput,
     Config,
     Rollout,
     advantages,
     dqo_step,
     embed,
+    log_det,
     marginal_gains,
+    micro_batches,
     policy_loss,
     quality_weighted,
     sample,
@@ -127,18 +131,101 @@ def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
     assert shown["advantage"] == pytest.approx(weight[1, 1].item())
 
 
-@pytest.mark.parametrize("objective", ["dqo", "grpo", "pairwise"])
-def test_micro_batches_give_the_same_gradient(model, tokenizer, objective):
-    """A step in parts of any size is the step in one piece."""
-    whole, expected = step(model, tokenizer, objective=objective, micro_batch=12)
+@pytest.mark.parametrize("objective, beta", [
+    ("dqo", 0.0),
+    ("grpo", 0.0),
+    ("pairwise", 0.0),
+    ("dqo", 0.3),
+    ("entropy", 0.3),
+])
+def test_micro_batches_give_the_same_gradient(model, tokenizer, objective, beta):
+    """A step in parts of any size, also less than a group of 4, is the step in one piece."""
+    reference = random_llama(40, seed=9)
+
+    def in_parts(size):
+        return step(model, tokenizer, reference, objective=objective, beta=beta, micro_batch=size)
+    whole, expected = in_parts(12)
     # At ratio 1 the gradient is not zero.
     assert max(u.abs().max() for u in whole) > 1e-3
     assert expected["grad_norm"] > 1e-3
-    for size in (1, 4, 5, 0):
-        parts, metrics = step(model, tokenizer, objective=objective, micro_batch=size)
+    for size in (1, 3, 4, 5, 8, 11, 0):
+        parts, metrics = in_parts(size)
         assert_all_close(whole, parts, rtol=1e-4, atol=1e-6)
-        for key in ("loss", "grad_norm", "drift", "entropy", "clipped"):
+        for key in ("loss", "grad_norm", "drift", "entropy", "clipped", "kl", "penalty_std"):
             assert expected[key] == pytest.approx(metrics[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 9, 0])
+def test_micro_batches_are_whole_groups_longest_first(model, tokenizer, size):
+    """Each response is in one micro-batch; only a group too large for one is cut."""
+    rollout = rollout_of_step(model, tokenizer)
+    lengths = rollout.attention_mask.sum(1).view(P, K).amax(1).tolist()
+    parts = list(micro_batches(rollout, config(micro_batch=size)))
+    rows = torch.cat([index for index, _ in parts])
+    groups = list(dict.fromkeys((rows // K).tolist()))  # in the order in which they come
+    assert rows.tolist() == [i * K + j for i in groups for j in range(K)]
+    in_order = [lengths[i] for i in groups]
+    assert in_order == sorted(lengths, reverse=True)
+    assert in_order != lengths, "they should not have been in this order already"
+    for index, part in parts:
+        assert part.texts == [rollout.texts[i] for i in index]
+        if size in (1, 3):
+            assert len({i // K for i in index.tolist()}) == 1
+        else:
+            assert len(index) % K == 0
+        assert len(index) <= (size or P * K)
+    assert len(parts) == {1: 12, 3: 6, 4: 3, 6: 3, 9: 2, 0: 1}[size]
+
+
+def counted(model, calls):
+    """Note each pass through the embedding layer: (real tokens, whether for a gradient).
+
+    The model never says <pad>, id 0, so that every 0 is padding.
+    """
+    vocabulary = model.lm_head.out_features
+    bias = F.one_hot(torch.tensor(0), vocabulary) * -1e4
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def note(layer, inputs):
+        calls.append(((inputs[0] != 0).sum().item(), torch.is_grad_enabled()))
+    model.get_input_embeddings().register_forward_pre_hook(note)
+    return model
+
+
+@pytest.mark.parametrize("size, times", [
+    (8, 1),
+    (16, 1),
+    (32, 1),
+    (0, 1),
+    (4, 2),  # half a group
+])
+def test_each_token_runs_once(tokenizer, size, times):
+    """Prompts once and responses once: to sample, for the gradient, and under the reference.
+
+    No micro-batch scatters a group of 8, and nothing is scored twice. One so small that it
+    cuts the groups runs each prompt as often as it cuts.
+    """
+    k, policy, reference = 8, [], []
+    prompts = ["<s>" + " w5" * n + f" w{n}" for n in (30, 3, 17, 25, 9, 40, 12, 21)]
+    model = counted(random_llama(40), policy)
+    other = counted(random_llama(40, seed=9), reference)
+    torch.manual_seed(0)
+    metrics = dqo_step(
+        model, tokenizer, None, lambda prompts, responses, rows: [0.0] * len(rows), sgd(model),
+        [{"prompt": prompt} for prompt in prompts],
+        config(objective="grpo", k=k, prompts=8, beta=0.1, micro_batch=size),
+        other)
+    in_prompts = sum(len(tokenizer(prompt).input_ids) for prompt in prompts)
+    in_responses = round(metrics["length"] * 8 * k)
+    assert 0.2 < in_responses / in_prompts < 5, "neither should be all that counts"
+    passes = dict(
+        sampling=sum(n for n, gradient in policy if not gradient),
+        gradient=sum(n for n, gradient in policy if gradient),
+        reference=sum(n for n, gradient in reference))
+    for name, tokens in passes.items():
+        least = in_prompts * (1 if name == "sampling" else times) + in_responses
+        assert 0.8 * least < tokens <= 1.02 * least, (name, passes)
+    assert not any(gradient for _, gradient in reference)
 
 
 @pytest.fixture
@@ -250,6 +337,32 @@ def test_epochs(model, tokenizer):
     assert_all_close(two, micro, rtol=1e-3, atol=1e-5)
 
 
+def length_of(updates):
+    return torch.stack([u.norm() for u in updates]).norm().item()
+
+
+def test_a_long_gradient_is_cut_to_length_one(model, tokenizer):
+    """A short one is followed as it is; the log tells how long it was before."""
+    for alpha, shortest, longest in ((1e-3, 0, 1), (1e3, 10, 1e6)):
+        updates, metrics = step(model, tokenizer, alpha=alpha)
+        assert shortest < metrics["grad_norm"] < longest
+        expected = min(1.0, metrics["grad_norm"])
+        assert length_of(updates) == pytest.approx(expected, rel=1e-3)
+
+
+def test_no_gradient_is_left_over(model, tokenizer):
+    """Neither from before a step, nor from one of its epochs to the next, nor after it."""
+    _, alone = step(model, tokenizer)
+    for epochs in (1, 3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        torch.manual_seed(4)
+        metrics = dqo_step(model, tokenizer, HashEncoder(), reward, sgd(model, lr=0.0), ROWS,
+                           config(epochs=epochs))
+        assert metrics["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert all(p.grad is None for p in model.parameters())
+
+
 # ----------------------------------------------------------------------------- the advantages
 def test_kl_is_zero_at_the_reference_and_pulls_back_away_from_it(model, tokenizer):
     """beta changes nothing at the reference; elsewhere r becomes r - beta * log(pi/pi_ref)."""
@@ -270,6 +383,77 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_away_from_it(model, tokenize
     gain = column(metrics, "gain")
     expected = advantages(quality_of(rollout) - 0.5 * ratio, gain, "mean")
     torch.testing.assert_close(column(metrics, "advantage"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_temperature_for_sampling_reference_and_update(model, tokenizer):
+    """At 0.7 the step is put together by hand from responses and log-probabilities at 0.7."""
+    other, hot, beta = random_llama(40, seed=9), 0.7, 0.5
+    updates, metrics = step(model, tokenizer, other, temperature=hot, beta=beta)
+    torch.manual_seed(4)
+    rollout = sample(model, tokenizer, PROMPTS, K, LONGEST, hot)
+    assert [s["response"] for s in metrics["samples"]] == rollout.texts
+
+    logp = token_logps(model, rollout, hot)                                 # (B, T)
+    with torch.no_grad():
+        log_ratio = logp.detach() - token_logps(other, rollout, hot)
+    from_here_on = [log_ratio[:, t:].sum(1) for t in range(logp.shape[1])]
+    penalty = beta * torch.stack(from_here_on, -1).view(P, K, -1)           # (P, K, T)
+    reward_to_go = quality_of(rollout)[..., None] - penalty
+    weight = advantages(reward_to_go, column(metrics, "gain")[..., None], "mean").flatten(0, 1)
+    loss = -(weight * logp).sum() / (P * K * LONGEST)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    norm = torch.stack([g.norm() for g in grads]).norm().item()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert_all_close(updates, [g / max(1.0, norm) for g in grads], rtol=1e-3, atol=1e-5)
+    assert metrics["drift"] < 1e-5
+
+    rho = (-log_ratio).exp()  # pi_ref / pi: k3 is rho - 1 - log rho
+    k3 = (rho - 1 - rho.log()).sum() / (P * K)
+    assert metrics["kl"] == pytest.approx(k3.item(), rel=1e-4)
+
+
+def spread(values):
+    """The standard deviation of some numbers, all of them there are."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
+
+
+@pytest.mark.parametrize("objective", ["dqo", "entropy"])
+def test_how_much_each_term_decides_is_logged(model, tokenizer, objective):
+    """The mean standard deviation within a group of quality, bonus and penalty, by hand."""
+    other = random_llama(40, seed=9)
+    _, metrics = step(model, tokenizer, other, objective=objective, beta=0.5, alpha=0.7)
+    rollout = rollout_of_step(model, tokenizer)
+    bonus = (0.7 * column(metrics, "gain")).flatten().tolist()
+    if objective == "entropy":  # per token: here the sum over the response
+        logp = rollout.logp.view(P, K, -1).masked_fill(~rollout.mask.view(P, K, -1), math.nan)
+        each = OBJECTIVES["entropy"](quality_of(rollout), None, logp, 0.7)
+        bonus = each.nansum(-1).flatten().tolist()
+    with torch.no_grad():
+        ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1)
+    terms = dict(
+        quality=column(metrics, "quality").flatten().tolist(),
+        bonus=bonus,
+        penalty=(0.5 * ratio).tolist())
+    for name, values in terms.items():
+        groups = [values[i:i + K] for i in range(0, P * K, K)]
+        by_hand = sum(map(spread, groups)) / P
+        assert metrics[f"{name}_std"] == pytest.approx(by_hand, rel=1e-3, abs=1e-6), name
+    assert metrics["quality_std"] > 0.01
+    assert metrics["penalty_std"] > 0.1
+
+    _, metrics = step(model, tokenizer, objective="grpo")
+    assert metrics["bonus_std"] == metrics["penalty_std"] == 0
+
+
+def test_the_volume_in_the_log_is_that_of_the_plain_kernel(model, tokenizer):
+    """So that runs with another kernel compare; the gains are those of the kernel."""
+    plain, weighted = [step(model, tokenizer, kernel=kernel)[1] for kernel in ("plain", "quality")]
+    assert [s["response"] for s in plain["samples"]] == [s["response"] for s in weighted["samples"]]
+    phi = embed(HashEncoder(), [s["response"] for s in plain["samples"]]).view(P, K, -1)
+    assert plain["log_det"] == pytest.approx(log_det(phi).mean().item(), rel=1e-5)
+    assert weighted["log_det"] == plain["log_det"]
+    assert weighted["gain"] < plain["gain"] - 0.01
 
 
 def test_advantages_stay_within_their_group(model, tokenizer):
@@ -308,6 +492,13 @@ def test_embed():
     assert embed(encoder, ["a"], known)[0].equal(a)
 
 
+def test_of_a_thinking_model_only_the_answer_is_embedded():
+    """What stands behind the last closed </think>; a thought that never ends is all there is."""
+    encoder = HashEncoder()
+    embed(encoder, ["<think> a </think> b", "a </think></think>c", "<think> a", "d </think>"])
+    assert encoder.seen == [" b", "c", "<think> a", ""]
+
+
 # ------------------------------------------------------------------------- what stops the step
 class BrokenEncoder(HashEncoder):
     """The embedding of the last text that was not known yet has a NaN."""
@@ -325,16 +516,23 @@ def broken_reward(prompts, responses, rows):
 @pytest.mark.parametrize("what", ["quality", "embedding", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
         model, tokenizer, what):
-    """The error names the prompt and the response that it belongs to."""
+    """The error names the prompt and the response; a gradient is given two more chances."""
     encoder = BrokenEncoder() if what == "embedding" else HashEncoder()
     score = broken_reward if what == "quality" else reward
-    if what == "gradient":
-        model.lm_head.weight.register_hook(lambda g: g * float("inf"))
     before = [p.detach().clone() for p in model.parameters()]
     message = f"the {what} is (nan|inf) for the prompt .* and the response "
-    torch.manual_seed(4)
+    memory = {}
+
+    def one_step():
+        torch.manual_seed(4)
+        return dqo_step(model, tokenizer, encoder, score, sgd(model), ROWS, config(),
+                        memory=memory)
+    if what == "gradient":
+        model.lm_head.weight.register_hook(lambda g: g * float("inf"))
+        for _ in range(2):
+            assert one_step()["skipped"] == 1
     with pytest.raises(BadInput, match=message) as error:
-        dqo_step(model, tokenizer, encoder, score, sgd(model), ROWS, config())
+        one_step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
     texts = rollout_of_step(model, tokenizer).texts
@@ -344,6 +542,48 @@ def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
         response = guilty[what]
         assert repr(texts[response][:80]) in str(error.value)
         assert repr(PROMPTS[response // K]) in str(error.value)
+
+
+class Gradients:
+    """A hook on a weight: its gradient, times the next of some factors."""
+
+    def __init__(self, *factors):
+        self.factors = list(factors)
+
+    def __call__(self, gradient):
+        return gradient * self.factors.pop(0)
+
+
+def test_a_gradient_that_is_not_finite_skips_its_step(model, tokenizer):
+    """Neither weights nor optimizer move; only the third in a row counts, over all epochs."""
+    inf, nan = float("inf"), float("nan")
+    optimizer, memory = torch.optim.AdamW(model.parameters(), lr=1e-3), {}
+    hook = Gradients(inf, inf, 1, nan, 1, inf, inf, 1, inf, inf, inf)
+    model.lm_head.weight.register_hook(hook)
+
+    def one_step(epochs):
+        """(metrics, whether any weight moved, optimizer steps in all)."""
+        before = [p.detach().clone() for p in model.parameters()]
+        metrics = dqo_step(model, tokenizer, HashEncoder(), reward, optimizer, ROWS,
+                           config(epochs=epochs), memory=memory)
+        moved = differ(before, [p.detach() for p in model.parameters()], atol=0)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(p.grad is None for p in model.parameters())
+        state = optimizer.state.get(model.lm_head.weight, {"step": torch.tensor(0)})
+        return metrics, moved, int(state["step"])
+    torch.manual_seed(4)
+    metrics, moved, steps = one_step(epochs=2)
+    assert (metrics["skipped"], moved, steps) == (2, False, 0)
+    assert metrics["grad_norm"] == inf
+    metrics, moved, steps = one_step(epochs=1)  # after two in a row
+    assert (metrics["skipped"], moved, steps) == (0, True, 1)
+    metrics, moved, steps = one_step(epochs=2)  # the first of two epochs
+    assert (metrics["skipped"], moved, steps) == (1, True, 2)
+    metrics, moved, steps = one_step(epochs=3)  # two in a row, after three before
+    assert (metrics["skipped"], moved, steps) == (2, True, 3)
+    with pytest.raises(BadInput, match="the gradient is inf for the prompt"):
+        one_step(epochs=3)
+    assert hook.factors == []
 
 
 def test_an_unbounded_reward_is_centred_once_for_the_kernel_and_never_in_the_reward(
@@ -389,7 +629,7 @@ def test_an_unknown_name_is_refused(option):
 def test_the_loss_needs_a_third_of_the_memory_of_a_plain_log_softmax():
     """At a vocabulary of 150k, forward and backward, with the same gradient."""
     torch.manual_seed(0)
-    vocab, B, N, T = 150_000, 4, 1, 128
+    vocab, B, N, T = 150_000, 4, 1, 64
     tokens = torch.randint(vocab, (B, N + T))
     mask = torch.ones(B, T, dtype=torch.bool)
     rollout = Rollout(

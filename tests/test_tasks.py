@@ -1,10 +1,16 @@
 """Rewards: right answers in varied phrasing pass, everything else fails, and nothing crashes."""
 
+import gzip
+import io
+import json
+import urllib.request
+from types import SimpleNamespace
+
 import pytest
 
 from data.prompts import TASKS, load_rows
 from data.rewards import instruct, reason, story, summarize, value
-from data.scoring import load_reward
+from data.scoring import encode, load_reward
 from dqo import BadInput
 
 CITY = {"answer": ["lisbon", "rome"]}
@@ -166,3 +172,93 @@ def test_rewards_by_name_and_from_a_file(tmp_path):
             load_reward(bad, "x.jsonl")
     with pytest.raises(BadInput, match="needs --reward"):
         load_reward(None, "x.jsonl")
+
+
+PACKED = '{"prompt": "eins ä", "answer": 1}\n{"prompt": "zwei", "answer": 2}\n'.encode()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("mine.jsonl.gz", gzip.compress(PACKED)),
+    ("mine.json.gz", gzip.compress(PACKED)),
+    ("mine.jsonl", gzip.compress(PACKED)),  # the content says so
+    ("mine.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + PACKED)),  # a byte order mark
+    ("mine.jsonl.gz", PACKED),  # unpacked by the browser, under the old name
+])
+def test_packed_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    rows = load_rows(str(tmp_path / name), "train")
+    assert [(r["prompt"], r["answer"], r["task"]) for r in rows] == [
+        ("eins ä", 1, "mine"),
+        ("zwei", 2, "mine"),
+    ]
+    assert rows[1]["where"].endswith(f"{name}, line 2")
+
+
+def test_packed_files_from_the_web(monkeypatch):
+    content = io.BytesIO(gzip.compress(PACKED))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kw: content)
+    assert len(load_rows("https://a.b/c.jsonl.gz", "train")) == 2
+
+
+@pytest.mark.parametrize("name, content", [
+    ("mine.jsonl.gz", gzip.compress(PACKED)[:-9]),
+    ("owner/name.jsonl.gz", None),  # no data set of the hub
+])
+def test_packed_files_that_cannot_be_used(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"--data {name}: ") as error:
+        load_rows(name, "train")
+    assert "\n" not in str(error.value)
+    assert "datasets" not in str(error.value)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("content, text", [
+    ("make 24", "make 24"),
+    (parts("make 24"), "make 24"),
+    (parts("make", " ", "24"), "make 24"),
+])
+def test_parts_of_a_message_are_joined(tmp_path, content, text):
+    """The row stays as it was published."""
+    row = {"prompt": [{"role": "user", "content": content, "name": "anna"}], "answer": 24}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (record,) = load_rows(str(tmp_path / "a.jsonl"), "train")
+    assert record["prompt"] == [{"role": "user", "content": text, "name": "anna"}]
+    assert record["row"]["prompt"] == row["prompt"]
+
+
+@pytest.mark.parametrize("content", [
+    parts(),
+    parts("", " "),
+    parts("a") + [{"type": "image"}],
+    parts("a") + ["b"],
+    [{"type": "text"}],
+    [{"type": "text", "text": None}],
+])
+def test_parts_that_are_no_text(tmp_path, content):
+    row = {"prompt": [{"role": "user", "content": content}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadInput, match="a.jsonl, line 1: message 1 of 'prompt'"):
+        load_rows(str(tmp_path / "a.jsonl"), "train")
+
+
+def test_a_reward_model_reads_an_answer_that_was_begun_as_one():
+    """Not as two turns of the assistant."""
+    seen = []
+
+    def apply_chat_template(messages, **kw):
+        seen.append(messages)
+        return [1]
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=apply_chat_template)
+    user, begun = dict(role="user", content="24?"), dict(role="assistant", content="It is ")
+    encode(tokenizer, [user, begun], "4 * 6", 9)
+    encode(tokenizer, [user], "4 * 6", 9)
+    assert seen == [
+        [user, dict(role="assistant", content="It is 4 * 6")],
+        [user, dict(role="assistant", content="4 * 6")],
+    ]

@@ -317,7 +317,7 @@ def csv_row(template, objective, measured, p, slope):
 
 
 def write(rows):
-    with open(HERE / "cities.csv", "w", newline="") as f:
+    with open(HERE / "cities.csv", "w", newline="", encoding="utf-8") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
         for row in rows:

@@ -18,13 +18,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.metrics import cosine_distance, effective_diversity, mean_and_se, vendi
 from data.models import load_encoder, load_model
-from data.prompts import load_rows
+from data.prompts import TASKS, load_rows
 from data.runs import write_whole
 from data.scoring import load_reward
-from dqo import Config, embed, gram, log_det
+from dqo import embed, gram, log_det
 from eval import Judges, Sampling, evaluate
 
-RUNS, N, TASKS = Path("runs/compare"), 16, Config().data
+RUNS, N, DATA = Path("runs/compare"), 16, ",".join(TASKS)
 
 
 def base_encoder():
@@ -39,8 +39,8 @@ def base_encoder():
 def responses(folder, encoder, split):
     """(eval.py's results on one split, the responses that they are about)."""
     kept = []
-    judges = Judges(encoder, load_reward(None, TASKS))
-    records = load_rows(TASKS, split, 32)
+    judges = Judges(encoder, load_reward(None, DATA))
+    records = load_rows(DATA, split, 32)
     results = evaluate(folder, load_model(folder), judges, records, Sampling(N, 24), kept)
     return results, kept
 
@@ -84,7 +84,7 @@ def main(folder):
     if path == base:
         same = as_different(encoder, second, test[1])
     else:
-        same = json.loads(base.read_text())["same"]
+        same = json.loads(base.read_text("utf-8"))["same"]
     result = dict(
         test=with_second(*test, second, same),
         train=with_second(*train, second, same),

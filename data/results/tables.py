@@ -64,7 +64,7 @@ COLUMNS["mean_tokens"] = ("mean_tokens",)
 # ------------------------------------------------------------------------------ from the runs
 def tasks_of(path, split="test"):
     """{task: result} of a file of measure.py, with the average over the tasks."""
-    results = json.loads(path.read_text())[split]
+    results = json.loads(path.read_text("utf-8"))[split]
     return {result["task"]: result for result in results + [average(results)]}
 
 
@@ -100,7 +100,7 @@ def chosen():
 
 
 def write(name, header, rows):
-    with open(HERE / name, "w", newline="") as f:
+    with open(HERE / name, "w", newline="", encoding="utf-8") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(header)
         out.writerows(rows)
@@ -143,7 +143,8 @@ def write_ablations():
 
 
 def history(name):
-    return [json.loads(line) for line in (RUNS / name / "metrics.jsonl").open()]
+    path = RUNS / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def over_20_steps(rows):
@@ -171,7 +172,7 @@ def rewarded_and_right(name, strict, record_of):
     """Per step of a run: (step, mean reward, share that is entirely right, tokens, share of
     different texts in a group)."""
     samples_of, steps = {}, []
-    for line in (RUNS / name / "samples.jsonl").open():
+    for line in (RUNS / name / "samples.jsonl").open(encoding="utf-8"):
         sample = json.loads(line)
         samples_of.setdefault(sample["step"], []).append(sample)
     for m, samples in zip(history(name), samples_of.values()):
@@ -206,7 +207,7 @@ def gather():
 
 # --------------------------------------------------------------------------------- the tables
 def read(name):
-    return list(csv.DictReader((HERE / name).open()))
+    return list(csv.DictReader((HERE / name).open(encoding="utf-8")))
 
 
 def markdown(header, rows):
