@@ -12,7 +12,6 @@ The metrics are in data/metrics.py, the table is in data/report.py, the picture 
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from data import terminal
 from data.metrics import group_metrics, mean_and_se
 from data.models import is_tiny, json_object, load_encoder, load_model, memory_hint
 from data.options import RunConfig
-from data.pictures import plot
+from data.pictures import check_picture, plot
 from data.prompts import load_rows, prepare
 from data.report import table, window_warning
 from data.runs import seed_everything, to_json
@@ -167,7 +166,8 @@ def default_max_new_tokens(names):
             if (folder / "run.json").is_file():
                 runs.append(folder / "run.json")
     try:
-        found = [int(run_json(run)["config"]["max_new_tokens"]) for run in runs]
+        configs = [json.loads(run.read_text("utf-8"))["config"] for run in runs]
+        found = [int(config["max_new_tokens"]) for config in configs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         files = " or ".join(map(str, runs))
         raise BadInput(f"{files} is not the run.json of a run "
@@ -175,10 +175,6 @@ def default_max_new_tokens(names):
     if found:
         return max(found)
     return 24 if all(map(is_tiny, names)) else 256
-
-
-def run_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check(args):
@@ -189,10 +185,8 @@ def check(args):
         raise BadInput(f"--batch {args.batch}: it must be at least 1")
     if args.n < 1:
         raise BadInput(f"--n {args.n}: it must be at least 1")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise BadInput("--plot needs one more package: pip install matplotlib")
+    if args.plot:
+        check_picture(args.plot)
     terminal.check_writable(args.json, args.samples, args.plot)
     RunConfig(
         temperature=args.temperature or 1.0,  # 0 is for measuring only
@@ -224,7 +218,7 @@ def compare(args):
 
     fit = records
     for name in args.models[1:]:  # before the first is measured: one may be misspelt
-        _, fit = loaded(name, fit)
+        fit = loaded(name, fit)[1]
     results, kept, last_words, faults = [], [], [], []
     for name, label in zip(args.models, labels(args.models)):
         policy, fit = loaded(name, fit)
@@ -236,6 +230,7 @@ def compare(args):
             args.json: lambda path: path.write_text(to_json(results, indent=1), "utf-8"),
             args.samples: lambda path: path.write_text("".join(map(json_line, kept)), "utf-8"),
             args.plot: lambda path: plot(results, path)})
+        del policy  # there is no room for two
     if args.skip_long:
         print(f"{len(records) - len(fit)} of {len(records)} prompts were skipped: too long")
     print(table(results))

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data import lora, options, pictures, report, runs, terminal
-from data.models import json_object, load_encoder, load_model, memory_hint
+from data.models import halve, json_object, load_encoder, load_model, memory_hint
 from data.objectives import load_objective
 from data.options import RunConfig
 from data.prompts import load_rows, prepare
@@ -147,11 +147,17 @@ def train_alone(config, held):
         runs.seed_everything(config.seed)
         runs.save_checkpoint(out, 0, config, setup, runs.random_state())
 
-    report.introduce(config, model, tokenizer, rows, done, reward)
     start = time.time()
-    status = loop(config, out, done, setup, rows)
-    if status:
-        return status
+    with runs.noted_signals() as received:
+        with terminal.closing_noted(received):
+            report.introduce(config, model, tokenizer, rows, done, reward)
+        step = loop(config, out, done, setup, rows, received)
+    if received and step < config.steps:
+        with terminal.closing_noted(received):
+            print(f"\nstopped after step {step}, everything is saved. To go on:\n"
+                  f"  python train.py --resume {shlex.quote(str(out))}",
+                  file=sys.stderr if terminal.SIGPIPE in received else sys.stdout)
+        return 128 + received[0]
     with runs.explained(f"cannot save the model to {out}"):
         trained(config, model).save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -182,7 +188,8 @@ def policy(config, start_from):
         return load_model(start_from)
     lora.peft()  # is it there? A large model takes minutes to load
     model, tokenizer = load_model(config.model)
-    return lora.with_adapters(model, config.model, config.lora, config.seed), tokenizer
+    model = lora.with_adapters(model, config.model, config.lora, config.seed)
+    return halve(model), tokenizer
 
 
 def reference(config, model):
@@ -190,7 +197,7 @@ def reference(config, model):
     if config.lora:
         return lora.AdaptersOff(model)
     if config.beta > 0:
-        return load_model(config.model)[0].requires_grad_(False)
+        return halve(load_model(config.model)[0].requires_grad_(False))
     return None
 
 
@@ -215,36 +222,28 @@ def learning_rate(config, step):
     return config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
 
 
-def loop(config, out, done, setup, rows):
-    """The steps after `done`. Returns the exit status: 0, or 128 + the signal that stopped it."""
+def loop(config, out, done, setup, rows, received):
+    """The steps after `done`, until a signal is received. Returns the last."""
     step, start = done, time.time()
     bar = tqdm(total=config.steps, initial=done, desc=config.objective, dynamic_ncols=True,
                disable=not sys.stderr.isatty())
-    with runs.noted_signals() as received, bar:
+    with bar:
         for step in range(done + 1, config.steps + 1):
             for group in setup.optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             metrics, samples = one_step(config, out, step, setup, rows)
-            try:
+            with terminal.closing_noted(received):  # as in `| head`: that is a Ctrl-C
                 show_progress(bar, step, metrics, (time.time() - start) / (step - done))
                 if step == 1 or step % max(1, config.steps // 4) == 0:
                     report.show_group(step, samples[:config.k], metrics)
                 if step == 1:
                     report.after_first_step(metrics, samples, config, setup.reward)
-            except OSError:  # nobody reads on, as in `| head`: it is taken as Ctrl-C is
-                terminal.abandon_closed_pipes()
-                received.append(terminal.SIGPIPE)
             if step % config.save_every == 0 or step == config.steps or received:
                 # after the logs of the step, see `cut_log`
                 runs.save_checkpoint(out, step, config, setup, runs.random_state())
             if received:
                 break
-    if received and step < config.steps:
-        print(f"\nstopped after step {step}, everything is saved. To go on:\n"
-              f"  python train.py --resume {shlex.quote(str(out))}",
-              file=sys.stderr if terminal.SIGPIPE in received else sys.stdout)
-        return 128 + received[0]
-    return 0
+    return step
 
 
 def one_step(config, out, step, setup, rows):
@@ -319,7 +318,7 @@ def next_commands(config):
     same = flags_that_differ(config, usual, [name for name in usual if name not in ours])
     if config.objective == "grpo":
         return f"\nnext, the same with diversity:\n  python train.py{same}"
-    of_eval = ("data", "reward", "encoder", "encoder_prompt", "temperature", "plain",
+    of_eval = ("data", "reward", "threshold", "encoder", "encoder_prompt", "temperature", "plain",
                "template_args", "prompt_key", "answer_key", "skip_long")
     other = shlex.quote(f"{config.out}-grpo")
     models = f"{shlex.quote(config.model)} {shlex.quote(config.out)} {other}"

@@ -77,7 +77,7 @@ def restore(model, folder):
 
 def base_of(folder):
     """The name of the model that saved adapters belong to."""
-    return json.loads((Path(folder) / CONFIG).read_text())["base_model_name_or_path"]
+    return json.loads((Path(folder) / CONFIG).read_text("utf-8"))["base_model_name_or_path"]
 
 
 def merged(model, folder):

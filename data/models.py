@@ -100,8 +100,9 @@ def out_of_memory(error):
     """Whether an error says that there is no memory, of the GPU or of the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    signs = ("out of memory", "can't allocate memory", "annot allocate memory", "ALLOC_FAILED")
+    kinds = (RuntimeError, OSError)
+    return isinstance(error, kinds) and any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def memory_hint(what_to_do):
     or a function of the error."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not out_of_memory(error):
             raise
         reason = ". ".join(first_line(error).split(". ")[:2])  # torch goes on at length

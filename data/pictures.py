@@ -1,10 +1,20 @@
 """What is drawn: pictures of an evaluation and of a run."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 from data.metrics import by_model
 from data.report import LABELS, best_at
+from dqo import BadInput
+
+
+def check_picture(path):
+    """Refuse now what could not be drawn in the end."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--plot {path}: the name must end in .png, .pdf or .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--plot needs one more package: pip install matplotlib")
 
 
 # ------------------------------------------------------------------------------ an evaluation

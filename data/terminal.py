@@ -50,6 +50,16 @@ def abandon_closed_pipes():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@contextlib.contextmanager
+def closing_noted(received):
+    """Around what is printed: that nobody reads on is noted as a signal is, in a list."""
+    try:
+        yield
+    except OSError:
+        abandon_closed_pipes()
+        received.append(SIGPIPE)
+
+
 def check_writable(*names):
     """Refuse a file that cannot be written: now, and not after hours of measuring."""
     paths = [Path(name).resolve() for name in names if name]

@@ -10,9 +10,9 @@ median over the pairs. Behind every median stand the quartiles. No network is us
     gains        closed form against k log-determinants
     sampling     dqo.sample against model.generate
     step         dqo_step against TRL's GRPOTrainer, time and memory
+    real         the same with the shape of SmolLM2-135M and prompts of 130 and 512 tokens
     price        what diversity adds to a step
     memory       token_logps + policy_loss against a plain log_softmax
-    scaling      time and memory as k, T, model double
     activations  memory of a micro-batch above weights and gradients, 135M and 0.5B parameters
 
 TRL is no dependency of this project; it has an environment of its own, whose Python is given with
@@ -24,6 +24,7 @@ TRL is no dependency of this project; it has an environment of its own, whose Py
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -60,16 +61,16 @@ SHAPES = {  # vocabulary [data/tiny's], width, MLP, layers, heads, key-value hea
 }
 
 
-def random_model(size, words, layers):
+def random_model(size, words):
     vocabulary, width, mlp, depth, heads, kv_heads = SHAPES[size]
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "qwen2" if size == "qwen" else "llama", vocab_size=vocabulary or words, hidden_size=width,
-        intermediate_size=mlp, num_hidden_layers=layers or depth, num_attention_heads=heads,
+        intermediate_size=mlp, num_hidden_layers=depth, num_attention_heads=heads,
         num_key_value_heads=kv_heads, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         max_position_embeddings=1024, tie_word_embeddings=True))
 
 
-def make_model(size, device, end=None, layers=None):
+def make_model(size, device, end=None):
     """(model, tokenizer). size: tiny (data/tiny as trained), or one of SHAPES, at random.
 
     A random model draws all tokens with nearly equal probability. `end` is the probability of the
@@ -81,7 +82,7 @@ def make_model(size, device, end=None, layers=None):
         return load_model("data/tiny", device)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny")
     words = len(tokenizer)
-    model = random_model(size, words, layers)
+    model = random_model(size, words)
     bias = torch.zeros(model.config.vocab_size)
     bias[words:] = -1e4
     bias[2] = math.log(end / (1 - end) * (words - 1)) if end else -1e4
@@ -98,13 +99,25 @@ def reward(prompts, responses, rows):
     return [score(response) for response in responses]
 
 
+def prompts_of(words):
+    """Rows of the story task, or prompts of so many words (a token each)."""
+    rows = load_rows("story", "train")
+    if not words:
+        return rows
+    text = " ".join(row["prompt"] for row in rows).split()
+    return [dict(rows[0], prompt=" ".join(text[i:i + words])) for i in range(0, 2000, 7)]
+
+
 class Trainee:
     """All that `dqo_step` needs, as train.py calls it."""
 
-    def __init__(self, model, device, layers=None):
-        self.model, self.tokenizer = make_model(model, device, end=0, layers=layers)
+    def __init__(self, model, device, words=0, beta=0.0, micro_batch=32):
+        self.model, self.tokenizer = make_model(model, device, end=0)
         self.encoder = load_encoder(device=device)
-        self.rows = load_rows("story", "train")
+        self.rows, self.beta, self.micro_batch = prompts_of(words), beta, micro_batch
+        self.reference = None
+        if beta:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
 
@@ -113,9 +126,9 @@ class Trainee:
         P, k, T = shape
         batch = [self.rows[j % len(self.rows)] for j in range(i * P, i * P + P)]
         config = dqo.Config(objective=objective, k=k, prompts=P, max_new_tokens=T, epochs=1,
-                            beta=0.0, lr=LR, micro_batch=32)
+                            beta=self.beta, lr=LR, micro_batch=self.micro_batch)
         return dqo.dqo_step(self.model, self.tokenizer, self.encoder, reward, self.optimizer,
-                            batch, config, memory=memory)
+                            batch, config, self.reference, memory)
 
 
 # ---- measuring
@@ -231,7 +244,8 @@ def serve(spec):
 
 def serve_dqo(wait, answer, spec):
     """One `dqo_step` per request."""
-    trainee, known = Trainee(spec.model, spec.device, spec.layers), {}
+    trainee, known = Trainee(
+        spec.model, spec.device, spec.words, spec.beta, spec.micro_batch), {}
     trainee.encoder.encode(["warm up"])
     answer()
     for i in range(10 ** 6):
@@ -253,15 +267,12 @@ def determinants(phi):
     return torch.stack(gains, 1)                                            # (P, k)
 
 
-def group_by_group(phi):
-    return torch.cat([determinants(group[None]) for group in phi])
-
-
 def trl_arguments(out, spec):
     from trl import GRPOConfig
     return GRPOConfig(
-        out, per_device_train_batch_size=spec.P * spec.k, gradient_accumulation_steps=1,
-        num_generations=spec.k, max_completion_length=spec.T, beta=0.0, num_iterations=1,
+        out, per_device_train_batch_size=spec.micro_batch,
+        gradient_accumulation_steps=spec.P * spec.k // spec.micro_batch,
+        num_generations=spec.k, max_completion_length=spec.T, beta=spec.beta, num_iterations=1,
         scale_rewards="none", loss_type="dr_grpo", temperature=1.0, top_k=0, top_p=1.0,
         learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         max_steps=10 ** 6, gradient_checkpointing=False, bf16=spec.device == "cuda",
@@ -288,7 +299,8 @@ def serve_trl(wait, answer, spec):
     def gain(completions, **_):
         texts = [c[0]["content"] for c in completions]
         phi = torch.as_tensor(encoder.encode(texts, normalize_embeddings=True))
-        return group_by_group(phi.cpu().view(spec.P, spec.k, -1)).flatten().tolist()
+        return torch.cat(list(map(determinants, phi.cpu().view(-1, 1, spec.k, phi.shape[1])))
+                         ).flatten().tolist()
 
     class OneAtATime(TrainerCallback):
         def on_train_begin(self, *args, **kw):
@@ -303,7 +315,7 @@ def serve_trl(wait, answer, spec):
             start = wait()
 
     rows = [dict(prompt=[dict(role="user", content=row["prompt"])])
-            for row in load_rows("story", "train")]
+            for row in prompts_of(spec.words)]
     with tempfile.TemporaryDirectory() as out:
         GRPOTrainer(
             model, [quality, gain] if spec.objective == "dqo" else [quality],
@@ -408,12 +420,10 @@ def gains(o, show):
         phi = torch.randn(64, k, 384, device=o.device) + 1                  # (P, k, D)
         phi = torch.nn.functional.normalize(phi, dim=-1)
         difference = (dqo.marginal_gains(phi.double()) - determinants(phi)).abs().max().item()
-        ways = (dqo.marginal_gains, determinants, group_by_group)
-        sides = [partial(seconds, o.device, way, phi) for way in ways]
-        ours, together, loop = take_turns(o.n(12), *sides)
-        show(f"k={k}", "ms", ours, ("k determinants", together), (">=", target),
+        ways = (dqo.marginal_gains, determinants)
+        ours, other = take_turns(o.n(12), *[partial(seconds, o.device, w, phi) for w in ways])
+        show(f"k={k}", "ms", ours, ("k determinants", other), (">=", target),
              note=f"differ by {difference:.0e}")
-        show(f"k={k}", "ms", ours, ("same, group by group", loop), (">=", target))
 
 
 def compare_sampling(o, size, end, rows):
@@ -458,97 +468,86 @@ MODELS = [("3M", 4, 8, 64), ("tiny", 8, 8, 24)]  # size, P, k, T
 ON_GPU = [("qwen", 8, 8, 128)]
 
 
-def step(o, show):
+def against_trl(o, show, case, n, target, spec, micro_batches):
+    """One case, time and memory. micro_batches: of ours, of TRL; both step on P * k responses."""
     python = o.trl_python or sys.executable
     version = [python, "-c", "import trl; print(trl.__version__)"]
     found = subprocess.run(version, capture_output=True, text=True)
     if found.returncode:
-        print(f"step      skipped: {python} has no trl. To install it:\n  {INSTALL}\n"
+        print(f"{case} skipped: {python} has no trl. To install it:\n  {INSTALL}\n"
               "and pass --trl-python trlenv/bin/python")
         return
+    specs = [dict(words=0, beta=0.0, **spec, micro_batch=size) for size in micro_batches]
+    with worker(o, "dqo", **specs[0]) as ours, worker(o, "trl", python, **specs[1]) as trl:
+        a, b = take_turns(n, ours, trl, warmup=1 if n < 5 else 3)
+    assert a["threads"][0] == b["threads"][0] == o.threads
+    lengths = [statistics.mean(side["length"]) for side in (a, b)]
+    name = f"TRL {found.stdout.strip()}"
+    note = "P={P} k={k} T={T}, micro-batch {} and {}, mean length {:.1f} and {:.1f}"
+    show(case, "s", a["s"], (name, b["s"]), (">=", target),
+         note=note.format(*micro_batches, *lengths, **spec))
+    for key, what in (("peak", "peak memory"), ("above", "peak above idle")):
+        show(f"{case} {what}", "MB", a[key], (name, b[key]))
+
+
+def step(o, show):
     targets = {"3M dqo": 1.4, "3M grpo": 1.4, "tiny dqo": 1.2, "tiny grpo": 1.3}
     for model, P, k, T in MODELS + (ON_GPU if o.device == "cuda" else []):
         for objective in ("dqo", "grpo"):
-            spec = dict(model=model, P=P, k=k, T=T, objective=objective)
-            with worker(o, "dqo", **spec) as ours, worker(o, "trl", python, **spec) as trl:
-                a, b = take_turns(o.n(12 if model == "3M" else 30), ours, trl, warmup=3)
-            case, name = f"{model} {objective}", f"TRL {found.stdout.strip()}"
-            assert a["threads"][0] == b["threads"][0] == o.threads
-            lengths = [statistics.mean(side["length"]) for side in (a, b)]
-            show(case, "s", a["s"], (name, b["s"]), (">=", targets.get(case)),
-                 note=f"P={P} k={k} T={T}, mean length {lengths[0]:.1f} against {lengths[1]:.1f}")
-            for key, what in (("peak", "peak memory"), ("above", "peak above idle")):
-                show(f"{case} {what}", "MB", a[key], (name, b[key]))
+            case, spec = f"{model} {objective}", dict(objective=objective)
+            spec.update(model=model, P=P, k=k, T=T)
+            against_trl(o, show, case, o.n(12 if model == "3M" else 30), targets.get(case), spec,
+                        (32, P * k))
 
 
-@contextlib.contextmanager
-def timed(parts, device, owner, name):
-    """While it lasts, the seconds in owner.name are added up in parts[name]."""
-    original = getattr(owner, name)
-
-    def f(*args, **kw):
-        sync(device)
-        start = perf_counter()
-        result = original(*args, **kw)
-        sync(device)
-        parts[name] = parts.get(name, 0.0) + perf_counter() - start
-        return result
-
-    setattr(owner, name, f)
-    yield
-    setattr(owner, name, original)
-
-
-def price_of(o, size, shape):
-    """Results of dqo, grpo, embedding, the encoder's forward; the last step's texts."""
-    trainee, parts, texts = Trainee(size, o.device), {}, []
-    encoder, seed = trainee.encoder, 0
-
-    def one(objective):  # the same rollout for both: same seed, and the weights hardly move
-        nonlocal texts, seed
-        parts.clear()
-        if objective == "dqo":
-            seed += 1
-        torch.manual_seed(seed)
-        start = perf_counter()
-        m = trainee.step(seed, shape, objective)
-        if objective == "dqo":
-            texts = sorted({x["response"] for x in m["samples"]}, key=len, reverse=True)
-        return dict(m, step_s=perf_counter() - start, **parts)
-
-    def embed():
-        return seconds(o.device, dqo.embed, encoder, texts)
-
-    @torch.no_grad()
-    def forward():  # nothing but the transformer, on batches that are tokenized and padded already
-        batches = []
-        for i in range(0, len(texts), 32):
-            batches.append(encoder.tokenizer(
-                texts[i:i + 32], padding=True, truncation=True, return_tensors="pt").to(o.device))
-        return seconds(o.device, lambda: [encoder[0].auto_model(**x) for x in batches])
-
-    sides = [lambda: one("dqo"), lambda: one("grpo"), embed, forward]
-    with (timed(parts, o.device, dqo, "token_logps"),
-          timed(parts, o.device, torch.Tensor, "backward"),
-          timed(parts, o.device, trainee.optimizer, "step")):
-        return *take_turns(o.n(12 if size == "3M" else 30), *sides), texts
+def real(o, show):
+    """The shape of a real chat model, prompts as long as those of GSM8K and as a news article."""
+    spec = dict(model="smollm", objective="grpo", P=4, k=8, T=32)
+    for words, trl_micro_batch, target in ((130, 32, 3.5), (512, 8, 4.5)):
+        for beta in (0.0, 0.04):
+            against_trl(o, show, f"{words} tokens, beta={beta}", o.n(4), target,
+                        dict(spec, words=words, beta=beta), (16, trl_micro_batch))
+    spec.update(P=8, words=130, beta=0.0)
+    with (worker(o, "dqo", **spec, micro_batch=16) as cut,
+          worker(o, "dqo", **spec, micro_batch=0) as whole):
+        a, b = take_turns(o.n(4), cut, whole, warmup=1)
+    show("micro-batch 16", "s", a["s"], ("all at once", b["s"]), ("<=", 1.15))
+    show("micro-batch 16 peak memory", "MB", a["peak"], ("all at once", b["peak"]))
 
 
 def price(o, show):
-    names = dict(step_s="whole step", sample_s="sample", embed_s="embed", gains_s="gains",
-                 token_logps="score", backward="backward", step="optimizer")
     for size, P, k, T in MODELS:
-        a, b, e, f, texts = price_of(o, size, (P, k, T))
-        no_time = [0.0] * len(e)
-        for key, what in names.items():
-            show(f"{size} {what}", "ms", a[key], ("grpo", b.get(key, no_time)),
-                 note=f"P={P} k={k} T={T}" if key == "step_s" else "")
-        show(f"{size} embed", "ms", e, ("bare forward", f), ("<=", 1.1),
-             note=f"{len(texts)} distinct texts in the last step")
-        terms = zip(a["gains_s"], a["reward_s"], b["gains_s"], b["reward_s"])
-        rest = [g + r - other_g - other_r for g, r, other_g, other_r in terms]
-        show(f"{size} diversity but embed", "ms", rest, ("whole step", a["step_s"]),
-             ("<=", 0.02))
+        trainee, seed, texts = Trainee(size, o.device), 0, []
+
+        def one(objective):  # the same rollout for both: same seed, and the weights hardly move
+            nonlocal texts, seed
+            if objective == "dqo":
+                seed += 1
+            torch.manual_seed(seed)
+            start = perf_counter()
+            m = trainee.step(seed, (P, k, T), objective)
+            if objective == "dqo":
+                texts = sorted({x["response"] for x in m["samples"]}, key=len, reverse=True)
+            return dict({"embed_s": 0.0}, **m, step_s=perf_counter() - start)
+
+        def embed():
+            return seconds(o.device, dqo.embed, trainee.encoder, texts)
+
+        @torch.no_grad()
+        def forward():  # nothing but the transformer, on what is tokenized and padded already
+            tokenizer, bare = trainee.encoder.tokenizer, trainee.encoder[0].auto_model
+            parts = [texts[i:i + 32] for i in range(0, len(texts), 32)]
+            batches = [tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+                       .to(o.device) for part in parts]
+            return seconds(o.device, lambda: [bare(**batch) for batch in batches])
+
+        sides = [partial(one, "dqo"), partial(one, "grpo"), embed, forward]
+        a, b, e, f = take_turns(o.n(12 if size == "3M" else 30), *sides)
+        for key in ("step_s", "sample_s", "embed_s", "gains_s", "update_s"):
+            show(f"{size} {key[:-2]}", "ms", a[key], ("grpo", b[key]), note=f"P={P} k={k} T={T}")
+        show(f"{size} embed", "ms", e, ("bare forward", f), ("<=", 1.1))
+        more = [x - y for x, y in zip(a["gains_s"], b["gains_s"])]
+        show(f"{size} diversity but embed", "ms", more, ("whole step", a["step_s"]), ("<=", 0.02))
 
 
 def loss_memory(o, show):
@@ -564,31 +563,12 @@ def loss_memory(o, show):
          note=f"V=150k B={B} T={T}")
     show("loss time", "s", a["s"], (name, b["s"]))
     for model, P, k, T in MODELS + (ON_GPU if gpu else []):
-        spec = dict(model=model, P=P, k=k, T=T)
+        spec = dict(model=model, P=P, k=k, T=T, words=0, beta=0.0, micro_batch=32)
         with (worker(o, "dqo", objective="dqo", **spec) as ours,
               worker(o, "dqo", objective="grpo", **spec) as grpo):
             a, b = take_turns(o.n(5), ours, grpo)
         show(f"{model} step peak above idle", "MB", a["above"], ("grpo", b["above"]),
              note=f"P={P} k={k} T={T}")
-
-
-def scaling(o, show):
-    base = dict(P=4, k=4, T=32, layers=4)
-    note = "base " + " ".join(f"{name}={v}" for name, v in base.items())
-    axes = dict(k=(4, 8, 16, 32), T=(32, 64, 128, 256), layers=(4, 8, 16))
-    for axis, sizes in axes.items():
-        with contextlib.ExitStack() as stack:
-            sides = []
-            for size in sizes:
-                spec = dict(base, model="small", objective="dqo", **{axis: size})
-                sides.append(stack.enter_context(worker(o, "dqo", **spec)))
-            results = take_turns(o.n(6), *sides)
-        for i in range(1, len(sizes)):
-            small, large = results[i - 1:i + 1]
-            case, before = f"{axis}={sizes[i]}", f"{axis}={sizes[i - 1]}"
-            show(case, "s", large["s"], (before, small["s"]), GROWTH, note=note)
-            show(f"{case} peak above idle", "MB", large["above"],
-                 (before, small["above"]), GROWTH)
 
 
 def activations(o, show):
@@ -606,14 +586,11 @@ def activations(o, show):
         show(f"{size} update", "s", [a["s"]], (name, [b["s"]]))
 
 
-ROWS = dict(gains=gains, sampling=sampling, step=step, price=price, memory=loss_memory,
-            scaling=scaling, activations=activations)
+ROWS = dict(gains=gains, sampling=sampling, step=step, real=real, price=price,
+            memory=loss_memory, activations=activations)
 
 
 # ---- the table
-GROWTH = ("<=", None)  # the ratio of a ceiling, ours over the other, without a target
-
-
 def quartiles(x):
     return statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else list(x) * 3
 
@@ -666,7 +643,7 @@ def parse(argv):
 def main(argv=None):
     o = parse(argv)
     if o.worker:
-        return serve(argparse.Namespace(**{"layers": None, **json.loads(o.worker)}))
+        return serve(argparse.Namespace(**json.loads(o.worker)))
     torch.set_num_threads(o.threads)
     gpu = f", {torch.cuda.get_device_name()}" if o.device == "cuda" else ""
     print(f"torch {torch.__version__}, {o.threads} threads{gpu}. Medians, quartiles in brackets; "

@@ -21,18 +21,19 @@ from transformers import (
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
-    config.addinivalue_line("markers", "optional: needs a package that may be missing")
+    config.addinivalue_line("markers", "optional(package): skipped where it is missing")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def needs(package):
-    """Marks a test of something that uses an optional package; skipped where that is missing."""
-    missing = importlib.util.find_spec(package) is None
+    """A mark for tests of something that uses an optional package: skipped where it is missing."""
+    return pytest.mark.optional(package)
 
-    def mark(test):
-        return pytest.mark.optional(pytest.mark.skipif(missing, reason=f"no {package}")(test))
 
-    return mark
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("optional"):
+        if importlib.util.find_spec(mark.args[0]) is None:
+            pytest.skip(f"no {mark.args[0]}")
 
 
 def word_tokenizer(words, **special):

@@ -176,7 +176,7 @@ FOLDERS = {
 SHORT = {
     "TRAIN": "train.py --data story --limit 2 --k 3 --prompts 1 --steps 1 --max-new-tokens 24",
     "RESUME": "train.py --resume",
-    "MATH": "train.py --reward math --steps 1 --data",
+    "MATH": "train.py --reward math_strict --steps 1 --data",
     "EVAL": "eval.py --data story --limit 2 --n 2",
 }
 BAD = [  # a command, and what its message must have
@@ -194,7 +194,7 @@ BAD = [  # a command, and what its message must have
     ("MATH broken.jsonl.gz", "broken.jsonl.gz"),
     ("MATH half.jsonl", "no prompts for the test split"),
     ("MATH long.jsonl", "long.jsonl, line 2: 202 ", "context of 128"),
-    ("EVAL data/tiny --data long.jsonl --reward math",
+    ("EVAL data/tiny --data long.jsonl --reward math_strict",
      "long.jsonl, line 2: 202 ", "context of 128"),
     ("MATH good.jsonl --max-new-tokens 200", "good.jsonl, line 1: ", "200", "context of 128"),
     ("MATH chat.jsonl --model base", "chat.jsonl, line 1: ", "template"),
@@ -203,10 +203,10 @@ BAD = [  # a command, and what its message must have
     ("MATH https://a.b/c.jsonl", "https://a.b/c.jsonl", "pass --data FILE.jsonl"),
     ("MATH owner/name", "owner/name", "pip install datasets"),
     # answers
-    ("MATH words.jsonl", "words.jsonl, line 2: ", "a number in the answer, not 'no number'"),
+    ("MATH words.jsonl", "words.jsonl, line 2: ", "a number as the answer", "not 'no number'"),
     ("train.py --data words.jsonl --reward countdown", "words.jsonl, line 1: ", "nums"),
-    ("train.py --data words.jsonl --reward coverage",
-     "words.jsonl, line 1: ", "words as the answer, not 24"),
+    ("train.py --data words.jsonl --reward rouge",
+     "words.jsonl, line 1: ", "a text, or a list of texts, as the answer, not 24"),
     ("TRAIN --data words.jsonl --reward reason", "words.jsonl, line 2: "),
     ("TRAIN --data words.jsonl --reward story", "words.jsonl, line 1: "),
     # rewards
@@ -414,6 +414,16 @@ WRONG_OBJECTIVES = [  # body of the function, fragments of the message
     ("return quality / nothing", "--objective wrong.py:bonus: NameError", "wrong.py, line"),
     ("return quality.log() - quality.log()", "the bonus is nan", "the prompt 'tell a story"),
 ]
+
+
+def test_a_picture_without_matplotlib(command, monkeypatch):
+    """Found before anything is measured."""
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else usual(name))
+    done = command(f"{SHORT['EVAL']} data/tiny --plot plane.png")
+    assert (done.status, done.lines) == (
+        2, ["eval.py: --plot needs one more package: pip install matplotlib"])
 
 
 @pytest.fixture

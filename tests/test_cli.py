@@ -33,7 +33,7 @@ METRICS = """
 """.split()
 SAMPLE = {"step", "prompt", "response", "quality", "gain", "advantage"}
 RESULT = """
-    model task prompts n quality pass_at max_at distinct_correct distinct_1 distinct_4
+    model task prompts n threshold quality pass_at max_at distinct_correct distinct_1 distinct_4
     self_bleu_diversity self_rouge_diversity correct_distinct_4 correct_self_bleu_diversity
     effective_diversity cosine_distance vendi log_det mean_tokens truncated se
 """.split()
@@ -351,12 +351,13 @@ def test_eval(trained):
         assert set(result) == set(RESULT)
         assert set(result["pass_at"]) == {"1", "2", "4"}
         assert set(result["se"]["pass_at"]) == {"1", "2", "4"}
-        assert set(result["se"]) == set(RESULT) - {"model", "task", "prompts", "n", "se"}
+        assert set(result["se"]) == set(RESULT) - {
+            "model", "task", "prompts", "n", "threshold", "se"}
         assert result["pass_at"]["1"] == pytest.approx(result["quality"])
         assert 0 <= result["distinct_correct"] <= 4
     assert (folder / "plane.png").stat().st_size > 10_000
     assert len(json_lines(folder / "s.jsonl")) == 2 * 4 * 2 * 4
-    for word in ("average", "distinct correct", "±"):
+    for word in ("average", "distinct correct", "±", "(correct: a quality of at least 1)"):
         assert word in done.stdout
 
 
@@ -380,7 +381,7 @@ def strict_json(path):
 
 
 def here(monkeypatch, tmp_path, *args):
-    """eval.py in this process and in a folder of its own; two prompts of one task, two responses."""
+    """eval.py in this process and in a folder of its own, on two prompts, two responses each."""
     monkeypatch.chdir(tmp_path)
     return evaluation.main([*args, "--data", "story", "--limit", "2", "--n", "2"])
 
@@ -516,7 +517,8 @@ def test_train_into_a_pipe_that_closes(tmp_path, both):
     """`train.py | head -4`, `train.py 2>&1 | head -4`: the step is ended and saved."""
     flags = "--data story --limit 2 --k 3 --prompts 1 --steps 40 --max-new-tokens 4 --out 'a run'"
     merge = "2>&1" if both else ""
-    command = f"{sys.executable} {ROOT / 'train.py'} {flags} {merge} | head -4; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} {ROOT / 'train.py'} {flags} {merge} | head -4"
+    command += "; exit ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 141
     assert "Traceback" not in done.stdout + done.stderr
@@ -529,10 +531,12 @@ def test_train_into_a_pipe_that_closes(tmp_path, both):
 
 
 def test_train_into_a_closed_pipe(tmp_path):
-    """It ends before its first step, and can go on."""
+    """It ends after its first step, and can go on."""
     status, errors = piped(["train.py", "--steps", "3", "--limit", "1", "--out", "run"], tmp_path)
-    assert (status, errors) == (141, "")
-    assert runs.checkpoints(tmp_path / "run") == [0]
+    assert status == 141
+    assert errors.endswith("To go on:\n  python train.py --resume run\n")
+    assert "Traceback" not in errors
+    assert max(runs.checkpoints(tmp_path / "run")) == 1
 
 
 # ---------------------------------------------------------------------------- scripts and systems
@@ -586,7 +590,8 @@ def test_eval_says_what_exceeds_the_window(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluation, "load_encoder", small)
     assert here(monkeypatch, tmp_path, "data/tiny") == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("WARNING  4 of 4 responses of data/tiny exceed the encoder's window of 4")
+    warning = "WARNING  4 of 4 responses of data/tiny exceed the encoder's window of 4 tokens"
+    assert last.startswith(warning)
     monkeypatch.setattr(evaluation, "load_encoder", usual)
     assert here(monkeypatch, tmp_path, "data/tiny") == 0
     assert "WARNING" not in capsys.readouterr().out

@@ -513,7 +513,7 @@ def test_evaluate(model, tokenizer):
         assert "nll" not in r
 
 
-TEMPLATE = "{{ messages[0].content }} {{ more }}"
+TEMPLATE = "{{ messages[0].content }} w8 {{ more }}"
 
 
 @pytest.mark.parametrize("options", [
@@ -532,7 +532,7 @@ def test_evaluate_samples_as_it_is_told(model, tokenizer, options):
     ids = [[5, 6], [7]]
     if not sampling.plain:
         more = [9, 9] if sampling.template_args else []
-        ids = [x + more for x in ids]
+        ids = [x + [8, *more] for x in ids]
     torch.manual_seed(sampling.seed)
     rollout = sample(model, tokenizer, ids, 3, sampling.max_new_tokens, sampling.temperature)
     assert [s["response"] for s in kept] == rollout.texts

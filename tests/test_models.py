@@ -265,6 +265,28 @@ def test_adapters_off_is_the_starting_model(kind):
         assert torch.equal(token_logps(fresh, rollout), base)
 
 
+def test_the_frozen_part_is_halved_under_bf16(monkeypatch):
+    """Everything but adapters, norms and embedding, without another bit in scores and gradients."""
+    as_on_a_gpu = lambda device: torch.autocast("cpu", torch.bfloat16)
+    for module in (dqo, models):
+        monkeypatch.setattr(module, "autocast", as_on_a_gpu)
+    tokenizer = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>")
+    found = []
+    for halve in (lambda model: model, models.halve):
+        model = halve(adapted(random_llama(60)))
+        torch.manual_seed(0)
+        rollout = sample(model, tokenizer, ["w5 w6", "w7"], 4, 8)
+        logp = token_logps(model, rollout)
+        logp.sum().backward()
+        with torch.no_grad():
+            base = token_logps(lora.AdaptersOff(model), rollout)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append([rollout.logp, logp, base, *(p.grad for p in trained)])
+        assert {p.dtype for p in trained} == {torch.float32}
+    assert sum(p.dtype == torch.bfloat16 for p in model.parameters()) == 2 * 7 + 1  # lm_head
+    assert all(a.equal(b) for a, b in zip(*found))
+
+
 def gradients(checkpointing):
     torch.manual_seed(0)
     model, tokenizer = load_model("data/tiny")
@@ -320,7 +342,7 @@ def test_lora_run(after_lora):
 
     plain = AutoModelForCausalLM.from_pretrained("run")
     start, _ = load_model("data/tiny")
-    assert {name for name, _ in plain.named_parameters()} == {n for n, _ in start.named_parameters()}
+    assert plain.state_dict().keys() == start.state_dict().keys()
     assert AutoTokenizer.from_pretrained("run").chat_template
     tokens = torch.arange(3, 30)[None]
     logits = plain(tokens).logits
@@ -396,7 +418,7 @@ def test_encoder_prompt(tmp_path):
     assert (load_encoder("asks").encode(["query: a cat", "query: "]) == expected).all()
     plain.prompts["nothing"] = ""
     plain.save_pretrained("asks")
-    with pytest.raises(BadInput, match="--encoder-prompt nothing: the prompt of that name is empty"):
+    with pytest.raises(BadInput, match="--encoder-prompt nothing: .* that name is empty"):
         load_encoder("asks", prompt="nothing")
 
 
@@ -413,8 +435,9 @@ def test_encoder_prompt_of_a_run(capsys):
     with mock.patch.object(train, "conclude"):
         assert trains(*flags, "--out", "plain") == 0
         assert trains(*flags, "--encoder-prompt", "query: ", "--out", "asks") == 0
-    gains = [json.loads(Path(run, "metrics.jsonl").read_text())["gain"] for run in ("plain", "asks")]
-    assert gains[0] != gains[1]
+    gains = {json.loads(Path(run, "metrics.jsonl").read_text())["gain"]
+             for run in ("plain", "asks")}
+    assert len(gains) == 2
     assert config_of("asks")["encoder_prompt"] == "query: "
     for file in Path("plain/checkpoints/step-1").iterdir():
         shutil.copy(file, "asks/checkpoints/step-1")

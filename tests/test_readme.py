@@ -16,6 +16,7 @@ import dqo
 import eval as evaluation
 import train
 from data.objectives import load_objective
+from data.report import show_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data/results"))

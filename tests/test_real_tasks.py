@@ -24,6 +24,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import eval as evaluation
 from conftest import needs, random_llama, word_tokenizer
 from data import report, scoring, sources
 from data.metrics import group_metrics
@@ -50,10 +51,13 @@ def write(path, *rows):
 STRICT = [  # answer, right responses, wrong ones
     ("so 48+24 = <<48+24=72>>72 clips.\n#### 72",
      ["#### 72", "####72", "#### $72", "#### 72.00", "so 5.\n#### 5\n#### 72", "x\n#### 72 \n\n"],
-     ["72", "\\boxed{72}", "#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72}", "#### 72 💥",
-      "#### 72%", "#### 2 * 36 = 72", "#### 144/2", "so #### 72", "#### 72 73", "#### 73", "#### -72",
+     ["72", "\\boxed{72}", "#### 72 apples", "#### 72\nand so on", "#### 72 \\boxed{72}",
+      "#### 72 💥",
+      "#### 72%", "#### 2 * 36 = 72", "#### 144/2", "so #### 72", "#### 72 73", "#### 73",
+      "#### -72",
       "#### 7,2", "#### 72e", "#### 7.2e1", "##### 72", "#### ٧٢", "#### 72\n####"]),
-    ("#### 1,234.5", ["#### 1234.50", "#### 1,234.5", "#### $1,234.5"], ["#### 1,2345", "#### 1.234,5"]),
+    ("#### 1,234.5", ["#### 1234.50", "#### 1,234.5", "#### $1,234.5"], ["#### 1,2345",
+     "#### 1.234,5"]),
     ("#### -3", ["#### -3", "#### −3", "#### –3", "#### $-3", "#### -$3", "#### -3.0"],
      ["#### 3", "#### 7-3", "#### --3", "#### - -3"]),
     (0.75, ["#### 0.75", "#### .75", "#### 0.750"], ["#### 3/4", "#### 0.7500000000000001"]),
@@ -72,14 +76,19 @@ def test_math_strict(answer, right, wrong):
 
 MATH = [  # answer, right responses, wrong ones
     ("so 48+24 = <<48+24=72>>72 clips.\n#### 72", [
-        "#### 72", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%", "\\boxed{72}",
+        "#### 72", "#### $72", "#### 72.00", "**#### 72**", "#### **72**", "#### 72%",
+        "\\boxed{72}",
         "so $\\boxed{72}$.", "The answer is 72.", "72", "2 * 36 = 72", "#### 2 * 36 = 72",
-        "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72", "$72$", "144/2", "#### \\boxed{72}",
-        "\\boxed{\\frac{144}{2}}", "#### 72 €", "\\(72\\)", "答案是72。", "答えは72です", "#### 72 apples",
+        "\\boxed{x = 72}", "I think 5, no, 72!", "#### 5\n#### 72", "$72$", "144/2",
+        "#### \\boxed{72}",
+        "\\boxed{\\frac{144}{2}}", "#### 72 €", "\\(72\\)", "答案是72。", "答えは72です",
+        "#### 72 apples",
         "\\boxed{72 \\text{ km}^2}", "#### 7.2e1", "\\boxed{8 \\cdot 9}", "sqrt(5184)",
     ], [
-        "#### 73", "#### -72", "7.2", "720", "72 73", "#### 73 72", "\\boxed{73} 72", "72 or 73", "72/5",
-        "x72", "172", "1,072", "#### 72 = 73", "\\boxed{72} \\boxed{7}", "答案是73。", "\\boxed{72^2}",
+        "#### 73", "#### -72", "7.2", "720", "72 73", "#### 73 72", "\\boxed{73} 72", "72 or 73",
+        "72/5",
+        "x72", "172", "1,072", "#### 72 = 73", "\\boxed{72} \\boxed{7}", "答案是73。",
+        "\\boxed{72^2}",
     ]),
     (r"10,\!080", ["10,080", "\\boxed{10080}", r"\boxed{10,\!080}", r"#### 10\,080"], ["80", "10"]),
     (r"10\,080", ["10080"], ["80", "90", "10"]),
@@ -111,7 +120,8 @@ def test_math(answer, right, wrong):
 
 @needs("math_verify")
 @pytest.mark.parametrize("answer", [
-    "none", "no number", "", "nan", "seventy-two", "between 3 and 4", "1e4000", "1.2.3", "8 000", "9^9^9^9",
+    "none", "no number", "", "nan", "seventy-two", "between 3 and 4", "1e4000", "1.2.3", "8 000",
+    "9^9^9^9",
     "1000000!", "step 1\nstep 2", float("nan"), None, True, [72], {"a": 1},
 ])
 def test_answers_that_math_does_not_understand(answer):
@@ -120,9 +130,11 @@ def test_answers_that_math_does_not_understand(answer):
 
 
 BUSY = [
-    "9^9^9^9", "\\boxed{9^{9^{9^9}}}", "9**9**9**9", "10^(10^10)", "\\boxed{10^{10^{10}}}", "1000000!",
+    "9^9^9^9", "\\boxed{9^{9^{9^9}}}", "9**9**9**9", "10^(10^10)", "\\boxed{10^{10^{10}}}",
+    "1000000!",
     "\\boxed{1000000!}", "\\boxed{(10^6)!}", "\\boxed{10!!!}", "$(1000000)_{5}$",
-    "\\boxed{\\sum_{n=1}^{10^9} n}", "\\boxed{\\binom{1000000}{500000}}", "word " * 4000, "$x$ " * 5000,
+    "\\boxed{\\sum_{n=1}^{10^9} n}", "\\boxed{\\binom{1000000}{500000}}", "word " * 4000,
+    "$x$ " * 5000,
     "1+" * 9000 + "1", "\\boxed{" * 3000, "{" * 20000, "\\boxed{" + "{" * 150 + "7" + "}" * 151,
     "\\boxed{" + "(" * 150 + "7" + ")" * 150 + "}", "\\boxed{" + "\\sqrt{2+" * 40 + "2" + "}" * 41,
 ]
@@ -296,12 +308,15 @@ wind scarf neck: She wound a scarf around her neck.
 
 
 BOXED_37 = [
-    "\\boxed{57 - 8 - 12}", "so $\\boxed{57 - 8 - 12}$.", "\\[\n\\boxed{57-8-12}\n\\]", "**\\boxed{57-8-12}**",
-    "\\(\\boxed{57 - (8 + 12)}\\).", "\\boxed{57 - 8 - 12 = 37}", "<answer>\\boxed{57-8-12}</answer>",
+    "\\boxed{57 - 8 - 12}", "so $\\boxed{57 - 8 - 12}$.", "\\[\n\\boxed{57-8-12}\n\\]",
+    "**\\boxed{57-8-12}**",
+    "\\(\\boxed{57 - (8 + 12)}\\).", "\\boxed{57 - 8 - 12 = 37}",
+    "<answer>\\boxed{57-8-12}</answer>",
     "\\boxed{\\left(57 - 8\\right) - 12}", "Answer: $57 - 8 - 12$", "\\boxed{57\\,-\\,8 - 12}",
 ]
 NOT_BOXED_37 = [
-    "\\boxed{37}", "\\boxed{57 - 8}", "\\boxed{57 - 8 - 12} or so", "\\boxed{57 - 8 - 12", "\\boxed{}",
+    "\\boxed{37}", "\\boxed{57 - 8}", "\\boxed{57 - 8 - 12} or so", "\\boxed{57 - 8 - 12",
+    "\\boxed{}",
     "\\boxed{57 - 8 - 12}\nyes", "\\boxed{57 - 8 - 12} \\boxed{1}", "\\frac{57 - 8 - 12}{1}",
     "\\frac{" * 4000 + "1", "\\boxed{9^9^9}",
 ]
@@ -334,7 +349,7 @@ def test_coverage():
         "He sat. He skis on a mountain, carries bread, stopped baking.",
         "He sat . he skis on a mountain , carries bread , stopped baking .",
         "He skis on a mountain,\ncarries bread, stopped baking and sat.",
-        "He skis on a mountain, carries bread, stopped baking and sat" + " and" * 20 + ".",
+        "He skis on a mountain, carries bread, stopped baking and sat" + " and" * 40 + ".",
         "He skis on a mountain, carries bread, stopped baking and sat on the",  # cut short
         "Skimming mountainous carryalls, stopgap bakery sitcom.",
         "ski-mountain carry stop bake sit.",
@@ -446,7 +461,12 @@ RIGHT_AND_WRONG = {  # something the default reward counts as right, and somethi
 }
 
 
-@pytest.mark.parametrize("task", READY)
+WITH_PACKAGES = [
+    pytest.param(task, marks=needs("simplemma")) if task == "commongen" else task for task in READY
+]
+
+
+@pytest.mark.parametrize("task", WITH_PACKAGES)
 def test_ready_task(task, tmp_path):
     data = f"{task}:" + write(tmp_path / "mine.jsonl", PUBLISHED[task])
     (row,) = load_rows(data, "test")
@@ -554,7 +574,7 @@ def test_records_of_a_library_user_may_be_plain_dicts(tmp_path):
     body = "def score(prompts, responses, rows):\n    return [row['mine'] for row in rows]\n"
     reward = load_reward(module(tmp_path, body), "x.jsonl")
     assert reward(["p"] * 2, ["r"] * 2, [{"mine": 3}, {"mine": 4, "row": 1}]) == [3, 4]
-    assert load_reward("math", "x.jsonl")(["p"], ["72"], [{"answer": "#### 72"}]) == [1.0]
+    assert load_reward("math_strict", "x.jsonl")(["p"], ["#### 72"], [{"answer": 72}]) == [1.0]
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -729,9 +749,12 @@ def test_prompts_are_checked_and_left_as_they_are(model, tokenizer):
 
 
 @pytest.mark.parametrize("reward,answers", [
-    ("math", [None, "no number", "", [], {}, float("nan")]),
-    ("math_strict", ["#### none", True]),
-    ("coverage", [None, [], "", [""], [1], {"words": None}]),
+    pytest.param("math", [None, "no number", "", [], {}, float("nan"), "8 000"],
+                 marks=needs("math_verify")),
+    ("math_strict", [None, "#### none", True, "no", "#### 72 apples", "#### 7\nx", "3, 4", [5]]),
+    ("math_strict", ["1.2e6", "1 / 2", "2^4", "20 cm^2", "8 000", r"10,\!080", float("nan")]),
+    pytest.param("coverage", [None, [], "", [""], [1], {"words": None}],
+                 marks=needs("simplemma")),
     ("countdown", [None, "24", {"nums": [1]}, {"nums": "1 2", "target": 3}]),
     ("countdown", [{"nums": [], "target": 3}, {"nums": [1.5], "target": 3}]),
     ("countdown", [{"nums": [1], "target": None}]),
@@ -890,36 +913,42 @@ def score(prompts, responses, rows):
 }
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("what", MODULES)
-@pytest.mark.parametrize("name", ["my.py", "json.py", "time.py", "my-own v2.py"])
-def test_a_reward_file_is_a_module(tmp_path, method, what, name):
-    """In a process of its own, as train.py would load it; names of other modules included."""
-    if what != "a process pool" and method == "spawn":
-        pytest.skip("the same")
-    if method == "spawn" and name != "my.py":
-        pytest.skip("a fresh interpreter has to find the file by the name of the module")
-    (tmp_path / "a_neighbour.py").write_text("FACTOR = 2.0\n")
-    (tmp_path / "another_neighbour.py").write_text("def times(a, b):\n    return a * b\n")
-    (tmp_path / name).write_text(MODULES[what].replace("METHOD", repr(method)))
-    main = tmp_path / "elsewhere" / "main.py"
-    main.parent.mkdir()
-    main.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+LOADS_THEM = """
+import os, sys
+sys.path.insert(0, ROOT)
 if __name__ == "__main__":
     from data.scoring import function_in, load_reward
-    spec = {str(tmp_path / name) + ":score"!r}
-    reward = load_reward(spec, "x.jsonl")
-    assert reward(["p"] * 3, ["a", "bb", ""], [{{}}] * 3) == [2.0, 4.0, 0.0]
-    assert function_in("--objective", spec) is function_in("--reward", spec)
+    for path in sys.argv[1:]:
+        spec = path + ":score"
+        reward = load_reward(spec, "x.jsonl")
+        assert reward(["p"] * 3, ["a", "bb", ""], [{}] * 3) == [2.0, 4.0, 0.0]
+        assert function_in("--objective", spec) is function_in("--reward", spec)
+        assert "__pycache__" not in os.listdir(os.path.dirname(path)), path
     import json, time
     assert json.dumps(1) == "1" and time.time() > 0
-""")
+"""
+
+
+def test_a_reward_file_is_a_module(tmp_path):
+    """In a process of its own, as train.py would load it; names of other modules included."""
+    paths = []
+    for i, (name, method) in enumerate([
+        ("my.py", "spawn"),  # a fresh interpreter has to find the module by its name
+        ("my.py", "fork"), ("json.py", "fork"), ("time.py", "fork"), ("my-own v2.py", "fork"),
+    ]):
+        for what, text in MODULES.items():
+            folder = tmp_path / f"{i} {what}"
+            folder.mkdir()
+            (folder / "a_neighbour.py").write_text("FACTOR = 2.0\n")
+            (folder / "another_neighbour.py").write_text("def times(a, b):\n    return a * b\n")
+            (folder / name).write_text(text.replace("METHOD", repr(method)))
+            paths.append(str(folder / name))
+    main = tmp_path / "main.py"
+    main.write_text(LOADS_THEM.replace("ROOT", repr(str(ROOT))))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run([sys.executable, str(main)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(main), *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_two_reward_files_of_the_same_name(tmp_path):
@@ -1007,14 +1036,6 @@ def test_group_metrics_with_thresholds():
     assert graded["max_at"] == pytest.approx({"1": 1.5, "2": 14 / 6, "4": 3})
 
 
-SCORED = """
-import json, sys
-sys.path.insert(0, ROOT)
-from eval import main
-sys.exit(main(["data/tiny", "--limit", "2", "--n", "2", *sys.argv[1:]]))
-"""
-
-
 @pytest.mark.parametrize("reward,flags,head,shown,not_shown", [
     ("[0.7 + 0.2 + 0.1] * len(rows)\nscore.range = (0, 1)", [],
      "(correct: a quality of at least 1)", ["pass@1 1.000"], ["max@1 "]),
@@ -1025,14 +1046,12 @@ sys.exit(main(["data/tiny", "--limit", "2", "--n", "2", *sys.argv[1:]]))
     ("[4.0] * len(rows)", ["--threshold", "3.5"],
      "(correct: a quality of at least 3.5)", ["pass@1 1.000"], ["max@1 "]),
 ])
-def test_the_table_says_what_is_correct(tmp_path, reward, flags, head, shown, not_shown):
+def test_the_table_says_what_is_correct(tmp_path, capsys, reward, flags, head, shown, not_shown):
     spec = module(tmp_path, f"def score(prompts, responses, rows):\n    return {reward}\n")
-    args = ["--data", "story", "--reward", spec, "--json", f"{tmp_path}/r.json",
-            "--plot", f"{tmp_path}/p.png", *flags]
-    command = [sys.executable, "-c", SCORED.replace("ROOT", repr(str(ROOT))), *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    table = " ".join(done.stdout.split())
+    files = ["--json", f"{tmp_path}/r.json", "--plot", f"{tmp_path}/p.png"]
+    small = ["data/tiny", "--data", "story", "--limit", "2", "--n", "2"]
+    assert evaluation.main([*small, "--reward", spec, *files, *flags]) == 0
+    table = " ".join(capsys.readouterr().out.split())
     assert head in table
     assert [x for x in shown if x not in table] == []
     assert [x for x in not_shown if x in table] == []

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import dqo
+import eval as evaluation
 import train
 from data import runs
 from data.models import load_model
@@ -234,13 +236,10 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path, monkeypatch):
     assert main("--resume", "run", "--steps", "9") == 0
 
 
-def test_two_that_start_at_once_get_a_folder_each(tmp_path):
-    """Without --out, both look for the next free one."""
-    flags = [*FLAGS, "--steps", "1"]
-    processes = [start(tmp_path, *flags) for _ in range(2)]
-    for process in processes:
-        finish(process)
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dqo", "dqo-2"]
+def test_two_that_start_at_once_get_a_folder_each(tmp_path, monkeypatch):
+    """Without --out, both look for the next free one: it is taken as soon as it is found."""
+    monkeypatch.chdir(tmp_path)
+    assert [runs.next_free("runs/x") for _ in range(3)] == ["runs/x", "runs/x-2", "runs/x-3"]
 
 
 # ------------------------------------------------------------------------------ files of yours
@@ -332,10 +331,180 @@ def test_more_steps_can_be_added(whole, tmp_path, capsys):
     assert "it is at step 10 already" in capsys.readouterr().err
 
 
-def test_only_steps_may_change(whole, capsys):
+def test_nothing_else_may_change(whole, capsys):
     """Any other option beside --resume is refused by its name."""
     assert main("--resume", str(whole), "--lr", "1e-3") == 2
     assert "--lr" in capsys.readouterr().err
+
+
+def test_what_changes_no_result_may_change(whole, tmp_path):
+    """The flags that save memory, and the one that saves more often. The result is the same
+    beyond rounding."""
+    run = copied(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-9")
+    flags = ["--micro-batch", "2", "--gradient-checkpointing", "--save-every", "1"]
+    with mock.patch.object(train, "conclude"):
+        assert main("--resume", str(run), "--steps", "10", *flags) == 0
+    saved = json.loads((run / "run.json").read_text())["config"]
+    assert (saved["micro_batch"], saved["gradient_checkpointing"]) == (2, True)
+    assert sorted(runs.checkpoints(run)) == [9, 10]
+    theirs, ours = (json.loads((folder / "samples.jsonl").read_text().splitlines()[-1 - 6 * more])
+                    for folder, more in ((whole, 0), (run, 1)))
+    assert ours == theirs  # the last response of step 9
+    norms = [log(folder)[8]["grad_norm"] for folder in (whole, run)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------- another machine
+def saved_on_gpus(run, count):
+    """Make its last state that of a run on so many GPUs."""
+    path = run / f"checkpoints/step-{max(runs.checkpoints(run))}/state.pt"
+    state = torch.load(path)
+    state["random"]["cuda"] = [torch.full((16,), i, dtype=torch.uint8) for i in range(count)]
+    with mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0"):
+        torch.save(state, path)
+
+
+def test_a_run_on_gpus_goes_on_without_one(whole, tmp_path):
+    """Its tensors were on a GPU that is not there; the rest is the same to the last bit."""
+    run = copied(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-9")
+    saved_on_gpus(run, 2)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(run / "checkpoints/step-8/state.pt")
+    assert main("--resume", str(run)) == 0
+    assert equal(whole, run)
+    assert log(whole) == log(run)
+
+
+@pytest.mark.parametrize("saved,there,expected", [
+    (2, 1, {0: 0}),
+    (1, 2, {0: 0}),
+    (0, 1, {}),
+    (2, 2, {0: 0, 1: 1}),
+])
+def test_a_generator_for_each_gpu_that_is_there(monkeypatch, saved, there, expected):
+    """More of them, or fewer, than when the state was saved."""
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_rng_state",
+                        lambda state, device: restored.update({device: state}))
+    states = list(range(saved))
+    runs.set_random_state(dict(cpu=torch.get_rng_state(), cuda=states, python=random.getstate()))
+    assert restored == expected
+
+
+# --------------------------------------------------------------------------------------- memory
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+                           "capacity of 79.11 GiB of which 1 GiB is free."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 2 bytes. Error code 12"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(12, "Cannot allocate memory"),
+    MemoryError(),
+]
+
+
+def raising(error):
+    """A function that raises it, whatever it is called with."""
+    def function(*args, **kw):
+        raise error
+    return function
+
+
+def one_line(capsys):
+    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("step ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+@pytest.mark.parametrize("place", ["torch.load", "torch.optim.AdamW.load_state_dict",
+                                   "data.models.AutoModelForCausalLM.from_pretrained"])
+def test_too_little_memory_is_no_damage(whole, tmp_path, capsys, place, error):
+    """A checkpoint that does not fit into memory is whole, and nobody is told to remove it."""
+    run = copied(whole, tmp_path / "run")
+    before = files(run)
+    with mock.patch(place, raising(error)):
+        assert main("--resume", str(run), "--steps", "10") == 2
+    line = one_line(capsys)
+    assert "--lora" in line
+    for word in ("damaged", "remove", "cannot load"):
+        assert word not in line
+    assert files(run) == before
+
+
+def out_of_memory_at(step, error):
+    """dqo_step, which fails at a step."""
+    steps = iter(range(1, 99))
+
+    def function(*args, **kw):
+        if next(steps) == step:
+            raise error
+        return dqo.dqo_step(*args, **kw)
+    return function
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_step_that_does_not_fit_names_flags_that_can_be_given(tmp_path, capsys, error):
+    """Each command of the line goes on after the last step that did, to the end."""
+    run = tmp_path / "my run"
+    flags = [*FLAGS, "--steps", "3", "--micro-batch", "5"]
+    with mock.patch.object(train, "dqo_step", out_of_memory_at(3, error)):
+        assert main(*flags, "--out", str(run)) == 2
+    line = one_line(capsys)
+    assert line.startswith("train.py: step 3: ")
+    assert "goes on after step 2" in line
+    assert "GPU 0 has" not in line
+    commands = [part.split(";")[0].split(", or ")[0] for part in line.split("python train.py ")[1:]]
+    words = [shlex.split(command) for command in commands]
+    assert words == [["--resume", str(run), "--micro-batch", "2"],
+                     ["--resume", str(run), "--gradient-checkpointing"]]
+    if error is NO_MEMORY[0]:
+        for i, command in enumerate(words):
+            copy = copied(run, tmp_path / f"copy-{i}")
+            with mock.patch.object(train, "conclude"):
+                assert main("--resume", str(copy), *command[2:]) == 0
+            assert [entry["step"] for entry in log(copy)] == [1, 2, 3]
+
+
+def test_sampling_that_does_not_fit_needs_other_flags(tmp_path, capsys):
+    """Micro-batches do nothing for it."""
+    with mock.patch("dqo.draw", raising(NO_MEMORY[0])):
+        assert main(*FLAGS, "--steps", "1", "--out", str(tmp_path / "run")) == 2
+    line = one_line(capsys)
+    assert "--prompts, --k or --max-new-tokens" in line
+    assert "--micro-batch" not in line
+
+
+def test_a_last_table_that_does_not_fit(tmp_path, capsys):
+    """The model is saved before, and the command that is named measures it, fewer at once."""
+    run = tmp_path / "run"
+    with mock.patch.object(train, "evaluate", raising(NO_MEMORY[0])):
+        assert main(*FLAGS, "--steps", "1", "--out", str(run)) == 2
+    line = one_line(capsys)
+    assert "the model is in" in line
+    words = shlex.split(line.split("python eval.py ")[1])
+    assert words == ["data/tiny", str(run), "--batch", "64"]
+    assert evaluation.main([*words, "--limit", "1", "--n", "2"]) == 0
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_an_evaluation_that_does_not_fit(capsys, error):
+    """eval.py names what helps, and does it: so many prompts at once."""
+    flags = ["data/tiny", "--data", "story", "--limit", "5", "--n", "2", "--max-new-tokens", "2"]
+    with mock.patch.object(evaluation, "sample", raising(error)):
+        assert evaluation.main(flags) == 2
+    line = one_line(capsys)
+    assert line.startswith("eval.py: ")
+    assert "--batch" in line
+    with mock.patch.object(evaluation, "sample", wraps=dqo.sample) as sample:
+        assert evaluation.main([*flags, "--batch", "4"]) == 0
+    assert [len(call.args[2]) for call in sample.mock_calls if len(call.args) > 2] == [2, 2, 1]
+    capsys.readouterr()
+    assert evaluation.main([*flags, "--batch", "0"]) == 2
 
 
 # ------------------------------------------------------------------------------------- damage

@@ -183,7 +183,7 @@ PACKED = '{"prompt": "eins ä", "answer": 1}\n{"prompt": "zwei", "answer": 2}\n'
     ("mine.jsonl", gzip.compress(PACKED)),  # the content says so
     ("mine.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + PACKED)),  # a byte order mark
     ("mine.jsonl.gz", PACKED),  # unpacked by the browser, under the old name
-])
+], ids=["jsonl.gz", "json.gz", "jsonl", "order mark", "unpacked"])
 def test_packed_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     rows = load_rows(str(tmp_path / name), "train")
@@ -203,7 +203,7 @@ def test_packed_files_from_the_web(monkeypatch):
 @pytest.mark.parametrize("name, content", [
     ("mine.jsonl.gz", gzip.compress(PACKED)[:-9]),
     ("owner/name.jsonl.gz", None),  # no data set of the hub
-])
+], ids=["cut", "missing"])
 def test_packed_files_that_cannot_be_used(tmp_path, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
     if content:
