@@ -152,8 +152,8 @@ def after_first_step(metrics, samples, config, reward):
     if all_equal(samples, config):
         signs.append("all rewards of a prompt were equal")
     if signs:
-        tqdm.write(f"WARNING  In the first step {', and '.join(signs)}. While that lasts, "
-                   "nothing but diversity is being trained.")
+        tqdm.write(f"WARNING  In the first step {', and '.join(signs)}: where no response is "
+                   "better than another, nothing but diversity is being trained")
     if is_unbounded(reward):
         quality, bonus, penalty = (metrics[f"{x}_std"] for x in ("quality", "bonus", "penalty"))
         scale = max(quality, 1e-9)

@@ -120,6 +120,7 @@ def test_run_folder_loads_with_plain_transformers(trained):
     torch.testing.assert_close(ours(**ids).logits, model(**ids).logits)
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_same_seed_same_run(trained, tmp_path):
     """Two runs with the same seed log the same numbers, times aside."""
     folder, _ = trained
@@ -150,6 +151,7 @@ def named(flags):
     return words
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 @pytest.mark.parametrize("steps,told", [
     (20, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]),
     (3, [1, 2, 3]),
@@ -188,13 +190,16 @@ def steps_seen(monkeypatch):
     """What train.py gives to each `dqo_step`, and learning rate and weights before it."""
     seen, usual = [], train.dqo_step
 
-    def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference, memory):
+    def dqo_step(
+            model, tokenizer, encoder, reward, optimizer, rows, config, reference, memory=None):
         (group,) = optimizer.param_groups
         seen.append(SimpleNamespace(
             config=config,
             rows=rows,
             reference=reference,
+            memory=memory,
             lr=group["lr"],
+            seed=torch.initial_seed(),
             weights=weights_of(model)))
         return usual(model, tokenizer, encoder, reward, optimizer, rows, config, reference, memory)
     monkeypatch.setattr(train, "dqo_step", dqo_step)
@@ -213,11 +218,15 @@ def test_what_each_step_is_given(tmp_path, monkeypatch, steps_seen):
     """
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text("def score(a, texts, b): return [len(text) for text in texts]")
-    flags = dict(beta=0.3, lr=0.01, temperature=0.7, k=4, max_new_tokens=4, reward="my.py:score")
+    flags = dict(
+        beta=0.3, lr=0.01, temperature=0.7, k=4, max_new_tokens=4, seed=5, reward="my.py:score")
     assert train.main([*quick(monkeypatch, 4), *named(flags), "--out", "run"]) == 0
     assert train.main(["--resume", "run", "--steps", "6"]) == 0
     rates = [1, 1, 1, 1 / 2, 2 / 3, 1 / 3]  # a half from step 4 of 4 on, steps 5 and 6 of 6
     assert [seen.lr for seen in steps_seen] == pytest.approx([0.01 * rate for rate in rates])
+    for part in (steps_seen[:4], steps_seen[4:]):
+        assert isinstance(part[0].memory, dict)
+        assert all(seen.memory is part[0].memory for seen in part)
 
     start = weights_of(load_model("data/tiny")[0])
     for i, seen in enumerate(steps_seen):
@@ -225,8 +234,82 @@ def test_what_each_step_is_given(tmp_path, monkeypatch, steps_seen):
         assert weights_of(seen.reference).equal(start)
         assert not any(p.requires_grad for p in seen.reference.parameters())
         assert seen.weights.equal(start) == (i == 0)
+        assert seen.seed == 5
         assert [row["task"] for row in seen.rows] == ["story"]
     assert all(line["kl"] > 0 for line in json_lines(Path("run/metrics.jsonl"))[1:])
+
+
+@pytest.mark.parametrize("options, fits", [
+    (dict(plain=True), True),
+    (dict(), False),
+    (dict(template_args=dict(times=2)), True),
+])
+def test_prompts_are_measured_as_they_will_be_read(model, tokenizer, options, fits):
+    """A chat template, and what it is told, make a prompt longer; here by 60 words at first."""
+    tokenizer.chat_template = "{{ messages[0].content }}{{ ' w8' * (times or 60) }}"
+    rows = [dict(prompt="w5", where="line 1")]
+    config = runs.RunConfig(max_new_tokens=8, **options)  # the model's context is of 64
+    if fits:
+        assert train.fitting(config, model, tokenizer, rows, rows) == [rows, rows]
+        return
+    with pytest.raises(BadInput, match="line 1: 61 prompt tokens"):
+        train.fitting(config, model, tokenizer, rows)
+
+
+@pytest.mark.parametrize("epochs, saved", [(1, [6]), (2, [])])
+def test_a_step_that_fails_is_saved_if_the_weights_are_untouched(
+        tmp_path, monkeypatch, epochs, saved):
+    """With several epochs the first may have moved them: then the last checkpoint is all."""
+    def dqo_step(*args):
+        torch.rand(1)
+        raise BadInput("the quality is nan")
+    written, before = [], torch.get_rng_state()
+    monkeypatch.setattr(train, "dqo_step", dqo_step)
+    monkeypatch.setattr(runs, "checkpoints", lambda out: [4, 2, *(step for step, _ in written)])
+    monkeypatch.setattr(runs, "save_checkpoint", lambda out, step, config, setup, state:
+                        written.append((step, state["cpu"])))
+    setup = runs.Setup(*[None] * 5)
+    with pytest.raises(BadInput) as error:
+        train.one_step(runs.RunConfig(epochs=epochs), tmp_path, 7, setup, ["row"])
+    assert [step for step, _ in written] == saved
+    assert all(state.equal(before) for _, state in written)
+    message = f"step 7: the quality is nan; --resume {tmp_path} goes on after step "
+    assert str(error.value) == message + str(saved[0] if saved else 4)
+
+
+def test_the_groups_that_are_shown(tmp_path, monkeypatch):
+    """One group of the first step, and of each quarter of the run."""
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    monkeypatch.setattr(train.report, "show_group", lambda step, samples, metrics:
+                        shown.append((step, len(samples))))
+    assert train.main([*quick(monkeypatch, 8), "--prompts", "2"]) == 0
+    assert shown == [(step, 2) for step in (1, 2, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("limit, train_rows, test_rows", [
+    (0, 50, 32),
+    (40, 40, 32),
+    (3, 3, 3),
+])
+def test_prompts_of_a_run(tmp_path, limit, train_rows, test_rows):
+    """All of the training split; of the test split no more than the last table needs."""
+    file = tmp_path / "my.jsonl"
+    rows = []
+    for split in ("train", "test"):
+        rows += [dict(prompt=f"{split} {i}", answer=24, split=split) for i in range(50)]
+
+    def load():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return train.load_prompts(runs.RunConfig(data=str(file), reward="reason", limit=limit))
+    loaded = [[row["prompt"] for row in part] for part in load()[:2]]
+    assert loaded[0] == [f"train {i}" for i in range(train_rows)]
+    assert loaded[1] == [f"test {i}" for i in range(test_rows)]
+    for bad in (1, 51):  # one of either split
+        rows[bad]["answer"] = "no number"
+        with pytest.raises(BadInput, match=f"line {bad + 1}: "):
+            load()
+        rows[bad]["answer"] = 24
 
 
 @pytest.mark.parametrize("steps, rates", [
@@ -431,7 +514,13 @@ def test_every_flag_reaches_the_evaluation(monkeypatch, tmp_path, flag, plain, t
     def evaluate(*args):
         calls.append(args)
         raise BadInput("that is enough")
+    prepared, usual = [], evaluation.prepare
+
+    def prepare(*args):
+        prepared.append(args[3:])
+        return usual(*args)
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "prepare", prepare)
     monkeypatch.setattr(evaluation, "load_encoder", lambda *args, **kw: (args, kw))
     flags = dict(
         n=5, max_new_tokens=9, temperature=0.7, seed=3, batch=10,
@@ -441,6 +530,7 @@ def test_every_flag_reaches_the_evaluation(monkeypatch, tmp_path, flag, plain, t
     ((name, (model, tokenizer), judges, records, sampling, _),) = calls
     assert name == "data/tiny"
     assert sampling == evaluation.Sampling(5, 9, 0.7, 3, plain, template_args, 10)
+    assert prepared == [(9, plain, template_args, False)]
     assert [(r["prompt"], r["answer"]) for r in records] == [("make 24", 24), ("make 25", 25)]
     assert judges.reward([""], ["20 + 4"], records[:1]) == [1.0]
     assert judges.encoder == (("an encoder",), dict(prompt="query"))
@@ -505,6 +595,7 @@ def piped(command, cwd):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_eval_into_a_closed_pipe(tmp_path):
     """The files are there, and no traceback."""
     command = ["eval.py", "data/tiny", "--limit", "1", "--n", "2", "--json", "x.json"]
@@ -530,6 +621,7 @@ def test_train_into_a_pipe_that_closes(tmp_path, both):
         assert "python train.py --resume 'a run'" in done.stderr
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_train_into_a_closed_pipe(tmp_path):
     """It ends after its first step, and can go on."""
     status, errors = piped(["train.py", "--steps", "3", "--limit", "1", "--out", "run"], tmp_path)
@@ -540,6 +632,7 @@ def test_train_into_a_closed_pipe(tmp_path):
 
 
 # ---------------------------------------------------------------------------- scripts and systems
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_any_console_shows_any_script(tmp_path):
     """Output is UTF-8 where the console says that it is ASCII."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
@@ -553,6 +646,7 @@ def test_any_console_shows_any_script(tmp_path):
     assert "±" in shown(ROOT / "eval.py", "data/tiny", "--limit", 1, "--n", 2)
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_files_are_utf8_whatever_the_system_says(tmp_path):
     """A prompt in Japanese, read and trained on where files are ASCII by default (as cp1252 is
     that of Windows)."""
@@ -702,6 +796,7 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, monkeypatch, caps
     assert files == ["thesis.tex"]
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_exit_status_reaches_the_shell(tmp_path):
     """It is 2, with the one line."""
     for args in (["train.py", "--k", 2], ["eval.py", "data/tiny", "--n", 0]):
@@ -754,6 +849,14 @@ def test_a_folder_that_is_called_tiny_is_any_model(tmp_path, monkeypatch):
     assert resolved("tiny") == others
     assert resolved("data/tiny") == options.TINY
     assert resolved(ROOT / "data/tiny") == options.TINY
+
+
+def test_no_run_is_longer_than_a_thousand_steps_unless_told():
+    """One pass over 36,000 prompts would be for days."""
+    for given, expected in ((None, 1000), (5000, 5000)):
+        config = runs.RunConfig(model="gpt2", prompts=8, steps=given)
+        options.fill_defaults(config, 36_000 * 8)
+        assert config.steps == expected
 
 
 def test_batches_are_shuffled_passes():

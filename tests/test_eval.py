@@ -13,7 +13,7 @@ import eval as evaluation
 from conftest import random_llama
 from data import metrics, pictures, report
 from data.runs import to_json
-from dqo import BadInput, sample
+from dqo import BadInput, log_det, sample
 
 
 def about(value, **kw):
@@ -262,6 +262,22 @@ def test_group_metrics():
     assert m["max_at"]["1"] == about(0.75)
     assert m["log_det"] == about(4 * math.log(2))
     assert m["vendi"] == about(4)
+
+
+def test_each_number_stands_under_its_own_name():
+    texts = ["a b c d e", "a b c d", "e d c b x a", "a b c d e"]
+    phi = F.normalize(torch.arange(12.0).view(4, 3) + 5 * torch.eye(4, 3), dim=-1)
+    m = metrics.group_metrics(texts, [1.0, 1.0, 1.0, 0.0], phi)
+    expected = dict(
+        distinct_1=metrics.distinct_n(texts, 1),
+        distinct_4=metrics.distinct_n(texts, 4),
+        self_bleu_diversity=1 - metrics.self_bleu(texts),
+        self_rouge_diversity=1 - metrics.self_rouge(texts),
+        cosine_distance=metrics.cosine_distance(phi),
+        vendi=metrics.vendi(phi),
+        log_det=log_det(phi).item())
+    assert {key: m[key] for key in expected} == about(expected)
+    assert len({round(value, 3) for value in expected.values()}) == len(expected)
 
 
 def test_group_metrics_of_graded_scores():
@@ -538,14 +554,32 @@ def test_evaluate_samples_as_it_is_told(model, tokenizer, options):
     assert [s["response"] for s in kept] == rollout.texts
 
 
+@pytest.mark.parametrize("batch, at_once", [(256, [5]), (6, [2, 2, 1]), (2, [1] * 5)])
+def test_no_more_responses_at_once_than_allowed(model, tokenizer, monkeypatch, batch, at_once):
+    """But for those of one prompt, which stay together."""
+    prompts, usual = [], evaluation.sample
+
+    def counted(model, tokenizer, ids, *rest):
+        prompts.append(len(ids))
+        return usual(model, tokenizer, ids, *rest)
+    monkeypatch.setattr(evaluation, "sample", counted)
+    records = [dict(prompt=f"w{i}", task="a") for i in range(3, 8)]
+    sampling = evaluation.Sampling(n=3, max_new_tokens=2, batch=batch)
+    judges, kept = evaluation.Judges(WordCounts(), nothing), []
+    evaluation.evaluate("m", (model, tokenizer), judges, records, sampling, kept)
+    assert prompts == at_once
+    assert [s["prompt"] for s in kept] == [r["prompt"] for r in records for _ in range(3)]
+
+
 def test_nll_under_the_judge(model, tokenizer):
     """The responses of one model scored by another, against cross-entropy one at a time."""
     judge = random_llama(40, seed=1)
     judges = evaluation.Judges(WordCounts(), nothing, judge)
-    sampling = evaluation.Sampling(n=3, max_new_tokens=6)
+    sampling = evaluation.Sampling(n=3, max_new_tokens=30)
     results = evaluation.evaluate("m", (model, tokenizer), judges, RECORDS, sampling)
     torch.manual_seed(0)
-    rollout = sample(model, tokenizer, ["w5 w6", "w7"], 3, 6)
+    rollout = sample(model, tokenizer, ["w5 w6", "w7"], 3, 30)
+    assert len(set(rollout.mask.sum(1).tolist())) > 2, "they should differ in length"
     for r, first in zip(results, (0, 3)):
         losses = []
         for j in range(first, first + 3):

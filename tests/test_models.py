@@ -236,10 +236,29 @@ def adapted(model, name="data/tiny", moved=True):
     """With adapters that do something."""
     pytest.importorskip("peft")
     model = lora.with_adapters(model, name, 4, seed=0)
+    return move(model) if moved else model
+
+
+def move(model):
     for key, weight in model.named_parameters():
-        if moved and "lora_B" in key:
+        if "lora_B" in key:
             torch.nn.init.normal_(weight, std=0.1)
     return model
+
+
+def test_adapters_are_those_of_the_seed():
+    """W x becomes W x + 2 B A x, with the same A whatever was drawn before, and B = 0."""
+    pytest.importorskip("peft")
+    models_of = zip([random_llama(60) for _ in range(3)], (0, 0, 1))
+    a, b, c = (dict(lora.with_adapters(model, "", 4, seed).named_parameters())
+               for model, seed in models_of)
+    adapters = [name for name in a if "lora_A" in name]
+    assert len(adapters) == 2 * 7
+    assert all(a[name].equal(b[name]) and not a[name].equal(c[name]) for name in adapters)
+    layer = adapted(random_llama(60)).get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * x @ A.T @ B.T)
 
 
 MODELS = {"llama": lambda: random_llama(60), "gpt2": lambda: random_gpt2(60)}
@@ -270,11 +289,14 @@ def test_the_frozen_part_is_halved_under_bf16(monkeypatch):
     as_on_a_gpu = lambda device: torch.autocast("cpu", torch.bfloat16)
     for module in (dqo, models):
         monkeypatch.setattr(module, "autocast", as_on_a_gpu)
-    tokenizer = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>")
+    pytest.importorskip("peft")
+    config = RunConfig(model=model_folder(random_llama(60)), lora=4)
     found = []
     for halve in (lambda model: model, models.halve):
-        model = halve(adapted(random_llama(60)))
+        monkeypatch.setattr(train, "halve", halve)
+        model, tokenizer = train.policy(config, config.model)
         torch.manual_seed(0)
+        move(model)
         rollout = sample(model, tokenizer, ["w5 w6", "w7"], 4, 8)
         logp = token_logps(model, rollout)
         logp.sum().backward()
@@ -338,6 +360,7 @@ def test_lora_run(after_lora):
     assert sum(weight.numel() for weight in saved.values()) == trained < 100_000
     state = setup.optimizer.state_dict()["state"].values()
     assert sum(moments["exp_avg"].numel() for moments in state) == trained
+    assert sum(p.numel() for p in setup.optimizer.param_groups[0]["params"]) == trained
     assert config_of("run")["lr"] == options.LORA_LR * options.TINY["lr"]
 
     plain = AutoModelForCausalLM.from_pretrained("run")
@@ -375,6 +398,7 @@ def test_lora_without_a_penalty_has_the_same_report(capsys):
                                                     if call.args)
     tokens = torch.arange(3, 30)[None]
     assert name == "base"
+    assert isinstance(base, lora.AdaptersOff)  # no second copy
     assert torch.equal(base(input_ids=tokens).logits, load_model("data/tiny")[0](tokens).logits)
     assert not torch.equal(base(input_ids=tokens).logits, trained(tokens).logits)
 
@@ -562,3 +586,16 @@ def test_the_first_step_of_a_run_is_looked_at(capsys):
     assert printed.count("nothing but diversity is being trained") == 1
     assert "100% of the responses were cut off at --max-new-tokens 1" in printed
     assert "all rewards of a prompt were equal" in printed
+
+
+def test_a_run_with_an_unbounded_reward(capsys):
+    """It tells of both, and numbers of its own."""
+    flags = [*TWO_STEPS, *odd_reward()]
+    with open("my.py", "a") as file:
+        file.write("score.range = (-float('inf'), float('inf'))\n")
+    with mock.patch.object(train, "conclude"):
+        assert trains(*flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("alpha and beta are relative to its scale") == 1
+    first = json.loads(Path("runs/dqo/metrics.jsonl").read_text().splitlines()[0])
+    assert printed.count(f"the reward varies by {first['quality_std']:.3g} (std)") == 1

@@ -100,7 +100,11 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow  # a process of its own takes seconds to start
+@pytest.mark.parametrize("number,status", [
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    (signal.SIGINT, 130),
+])
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, number, status):
     """The step is ended and saved, and the resumed run ends as the undisturbed one."""
     process = start(tmp_path, *FLAGS, "--out", "run")
@@ -138,6 +142,7 @@ def test_killed_three_times(whole, tmp_path, seed):
     assert_same_run(whole, run)
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_a_full_disk_costs_nothing_but_time(whole, tmp_path):
     """The system refuses files above 5 MB: the optimizer's state does not fit. Once it does,
     the run goes on."""
@@ -181,8 +186,8 @@ def running(tmp_path):
 
 @pytest.mark.parametrize("args", [
     ["--resume", "run"],
-    ["--resume", "./run/", "--steps", "600"],
-    [*FLAGS, "--out", "run", "--overwrite"],
+    pytest.param(["--resume", "./run/", "--steps", "600"], marks=pytest.mark.slow),
+    pytest.param([*FLAGS, "--out", "run", "--overwrite"], marks=pytest.mark.slow),
 ])
 def test_a_second_process_is_refused(running, tmp_path, monkeypatch, capsys, args):
     """In one line, with nothing in the folder touched."""
@@ -222,6 +227,7 @@ def score(prompts, responses, rows):
 """
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 def test_a_forked_child_does_not_hold_the_folder(tmp_path, monkeypatch):
     """A process of a reward that has outlived a run that was killed."""
     monkeypatch.chdir(tmp_path)

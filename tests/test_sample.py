@@ -116,6 +116,19 @@ def test_generation_defaults_do_not_leak(model, tokenizer):
     assert plain.tokens.equal(again.tokens)
 
 
+def test_gradient_checkpointing_does_not_touch_sampling(model, tokenizer):
+    """In train mode it would drop the cache; the model is left in eval mode."""
+    torch.manual_seed(0)
+    plain = sample(model, tokenizer, PROMPTS, 4, 12)
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)()
+    model.train()
+    torch.manual_seed(0)
+    again = sample(model, tokenizer, PROMPTS, 4, 12)
+    assert plain.tokens.equal(again.tokens)
+    assert not any(module.training for module in model.modules())
+
+
 def test_leaving_rows_do_not_change_the_others(model, tokenizer):
     """A row's draws depend on the seed and its place, not on when rows of other prompts end."""
     runs = []

@@ -26,6 +26,7 @@ from dqo import (
     policy_loss,
     quality_weighted,
     sample,
+    summary,
     token_logps,
 )
 
@@ -123,6 +124,10 @@ def test_the_step_is_the_sum_of_its_parts(model, tokenizer):
 
     assert metrics["quality"] == pytest.approx(quality.mean().item())
     assert metrics["gain"] == pytest.approx(gain.mean().item())
+    at_ratio_1 = -(weight.flatten() * rollout.mask.sum(1)).sum() / (P * K * LONGEST)
+    assert metrics["loss"] == pytest.approx(at_ratio_1.item(), abs=1e-6)
+    per_token = -logp.sum().item() / rollout.mask.sum().item()
+    assert metrics["entropy"] == pytest.approx(per_token, rel=1e-5)
     assert 0 < metrics["drift"] < 1e-5  # two ways to the same numbers: the rounding differs
     assert metrics["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
     shown = metrics["samples"][5]
@@ -318,6 +323,18 @@ def test_clipped_ratio_by_hand():
     assert per_token.item() == pytest.approx(loss.item())
 
 
+def test_padding_is_neither_lost_nor_clipped():
+    """Whatever stands outside the mask, loss, sums and gradient are those of the tokens."""
+    logp = torch.tensor([[-1.0, 9.0], [-2.0, -9.0]], requires_grad=True)
+    old = torch.tensor([[-1.5, -9.0], [-2.0, 9.0]])
+    mask = torch.tensor([[True, False], [True, False]])
+    loss, stats = policy_loss(logp, torch.tensor([1.0, 1.0]), mask, 2, old)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.2 + 1.0) / 4)
+    assert stats == dict(clipped=1, entropy=pytest.approx(3.0))
+    torch.testing.assert_close(logp.grad, torch.tensor([[0.0, 0.0], [-1 / 4, 0.0]]))
+
+
 def test_epochs(model, tokenizer):
     """The first of several epochs is the on-policy step; the second is not, and moves on."""
     one, _ = step(model, tokenizer)
@@ -361,6 +378,54 @@ def test_no_gradient_is_left_over(model, tokenizer):
                            config(epochs=epochs))
         assert metrics["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
         assert all(p.grad is None for p in model.parameters())
+
+
+# -------------------------------------------------------------------- the rollout and its log
+@pytest.mark.parametrize("options, more", [
+    (dict(), [8]),
+    (dict(template_args=dict(more="w9 w9")), [8, 9, 9]),
+    (dict(plain=True), []),
+])
+def test_the_template_is_the_one_that_was_asked_for(model, tokenizer, options, more):
+    """Its arguments reach it, and a plain prompt does not go through it."""
+    tokenizer.chat_template = "{{ messages[0].content }} w8 {{ more }}"
+    _, metrics = step(model, tokenizer, **options)
+    ids = [tokenizer(prompt).input_ids + more for prompt in PROMPTS]
+    torch.manual_seed(4)
+    texts = sample(model, tokenizer, ids, K, LONGEST).texts
+    assert [s["response"] for s in metrics["samples"]] == texts
+
+
+def test_the_log_of_a_rollout_by_hand():
+    """Two prompts, three responses each. Equal responses count within a prompt only."""
+    lengths = torch.tensor([1, 4, 2, 3, 3, 1])
+    rollout = Rollout(
+        tokens=None,
+        attention_mask=None,
+        prompt_length=1,
+        mask=torch.arange(5) < lengths[:, None],
+        logp=None,
+        texts=["a", "a", " ", "a", "b", ""],
+        truncated=torch.tensor([False, True, False, False, False, False]))
+    quality = torch.tensor([[0.0, 3.0, 6.0], [1.0, 1.0, 1.0]])
+    gain, advantage = torch.arange(6.0).view(2, 3), -torch.arange(6.0).view(2, 3)
+    rows = [dict(prompt="p"), dict(prompt="q")]
+    log = summary(rows, rollout, quality, 2 * quality, 3 * quality, gain, advantage)
+    spread = 6 ** 0.5 / 2  # of 0, 3, 6 it is the root of 6, of equal ones 0
+    shown = log.pop("samples")
+    assert log == dict(
+        quality=2.0,
+        gain=2.5,
+        distinct=pytest.approx(5 / 6),
+        length=pytest.approx(14 / 6),
+        truncated=pytest.approx(1 / 6),
+        empty=pytest.approx(2 / 6),
+        quality_std=pytest.approx(spread),
+        bonus_std=pytest.approx(2 * spread),
+        penalty_std=pytest.approx(3 * spread))
+    assert [s["prompt"] for s in shown] == ["p"] * 3 + ["q"] * 3
+    assert [s["response"] for s in shown] == rollout.texts
+    assert shown[4] == dict(prompt="q", response="b", quality=1.0, gain=4.0, advantage=-4.0)
 
 
 # ----------------------------------------------------------------------------- the advantages
@@ -492,6 +557,25 @@ def test_embed():
     assert embed(encoder, ["a"], known)[0].equal(a)
 
 
+def test_a_full_memory_of_embeddings_is_emptied():
+    """So that a long run does not fill the machine's; what was in it is encoded again."""
+    encoder, known = HashEncoder(), {}
+    before = embed(encoder, ["a"], known)
+    known.update((f"text {i}", before[0]) for i in range(20_000))
+    assert embed(encoder, ["b", "a"], known)[1].equal(before[0])
+    assert list(known) == ["b", "a"]
+    assert encoder.seen == ["a", "b", "a"]
+
+
+def test_a_step_does_not_encode_what_an_earlier_one_has_seen(model, tokenizer):
+    encoder, memory = HashEncoder(), {}
+    for _ in range(2):
+        torch.manual_seed(4)
+        dqo_step(model, tokenizer, encoder, reward, sgd(model, lr=0.0), ROWS, config(),
+                 memory=memory)
+    assert encoder.seen == list(dict.fromkeys(rollout_of_step(model, tokenizer).texts))
+
+
 def test_of_a_thinking_model_only_the_answer_is_embedded():
     """What stands behind the last closed </think>; a thought that never ends is all there is."""
     encoder = HashEncoder()
@@ -513,9 +597,17 @@ def broken_reward(prompts, responses, rows):
     return [0.5] * 5 + [float("nan")] + [0.5] * 6
 
 
-@pytest.mark.parametrize("what", ["quality", "embedding", "gradient"])
+def broken_bonus(quality, phi, logp, alpha):
+    return torch.zeros_like(quality).index_fill_(1, torch.tensor(2), float("inf"))
+
+
+def broken_when_trained(layer, inputs, logits):
+    return logits * float("nan") if torch.is_grad_enabled() else logits
+
+
+@pytest.mark.parametrize("what", ["quality", "embedding", "bonus", "log-probability", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
-        model, tokenizer, what):
+        model, tokenizer, what, monkeypatch):
     """The error names the prompt and the response; a gradient is given two more chances."""
     encoder = BrokenEncoder() if what == "embedding" else HashEncoder()
     score = broken_reward if what == "quality" else reward
@@ -527,6 +619,11 @@ def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
         torch.manual_seed(4)
         return dqo_step(model, tokenizer, encoder, score, sgd(model), ROWS, config(),
                         memory=memory)
+    if what == "bonus":
+        vars(broken_bonus).update(vars(OBJECTIVES["dqo"]))
+        monkeypatch.setitem(OBJECTIVES, "dqo", broken_bonus)
+    if what == "log-probability":
+        model.lm_head.register_forward_hook(broken_when_trained)
     if what == "gradient":
         model.lm_head.weight.register_hook(lambda g: g * float("inf"))
         for _ in range(2):
@@ -537,7 +634,7 @@ def test_a_number_that_is_not_finite_stops_the_step_before_the_weights_move(
 
     texts = rollout_of_step(model, tokenizer).texts
     last_new_text = list(dict.fromkeys(texts))[-1]
-    guilty = dict(quality=5, embedding=texts.index(last_new_text))
+    guilty = dict(quality=5, bonus=2, embedding=texts.index(last_new_text))
     if what in guilty:
         response = guilty[what]
         assert repr(texts[response][:80]) in str(error.value)
