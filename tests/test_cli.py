@@ -151,7 +151,6 @@ def named(flags):
     return words
 
 
-@pytest.mark.slow  # a process of its own takes seconds to start
 @pytest.mark.parametrize("steps,told", [
     (20, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]),
     (3, [1, 2, 3]),
@@ -603,6 +602,7 @@ def test_eval_into_a_closed_pipe(tmp_path):
     assert len(strict_json(tmp_path / "x.json")) == 4
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 @pytest.mark.parametrize("both", [False, True])
 def test_train_into_a_pipe_that_closes(tmp_path, both):
     """`train.py | head -4`, `train.py 2>&1 | head -4`: the step is ended and saved."""

@@ -34,6 +34,15 @@ FLAGS = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes of ENVIRONMENT: with two, sums are taken in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start(cwd, *args):
     """train.py as a process of its own."""
     return subprocess.Popen(
@@ -100,7 +109,6 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow  # a process of its own takes seconds to start
 @pytest.mark.parametrize("number,status", [
     pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
     (signal.SIGINT, 130),
@@ -199,6 +207,7 @@ def test_a_second_process_is_refused(running, tmp_path, monkeypatch, capsys, arg
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.slow  # a process of its own takes seconds to start
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_the_first_is_gone_a_second_goes_on(running, tmp_path, monkeypatch, number):
     """However it ended: nothing is left that would hold it up."""
