@@ -22,7 +22,7 @@ responses, the first two of them equal, the third orthogonal to both:
         [0 0 1]
 
 Why not pay everybody log det(L + I)? Whatever part of the volume does not depend on y_i adds
-nothing but noise to E[volume * grad log pi(y_i)], because E[grad log pi(y_i)] = 0.
+nothing but noise to E[volume * grad log pi(y_i)], as E[grad log pi(y_i)] = 0. g_i lacks it.
 
 If you know GRPO, four things differ: the gain is added to the reward; the group's mean is
 subtracted, but nothing is divided by its standard deviation; the KL penalty is in the reward,
@@ -110,15 +110,15 @@ def advantages(quality, bonus, baseline):
     std   also divided by the group's standard deviation, as in GRPO. That is the gradient of
           nothing, and blows up tiny gains where all qualities are equal
 
-    Why k - 1? Let F be log det(L + I), F_{-j} the same without response j, g_j = F - F_{-j},
-    and s_i = grad log pi(y_i). In expectation E[s_i F_{-i}] = 0, so
+    Why k - 1? Let v be log det(L + I), v_{-j} the same without response j, g_j = v - v_{-j},
+    and s_i = grad log pi(y_i). As E[s_i v_{-i}] = 0, s_i g_i is s_i v in expectation, and
 
         sum_i s_i (g_i - mean_j g_j)
-            = sum_i s_i F (1 - 1/k) - 1/k sum_i sum_{j != i} s_i (F - F_{-j})
-            = 1/k sum_j sum_{i != j} s_i F_{-j}               the F terms cancel
+            = sum_i s_i v (1 - 1/k) - 1/k sum_i sum_{j != i} s_i (v - v_{-j})
+            = 1/k sum_j sum_{i != j} s_i v_{-j}               the terms with v cancel
             = the gradient of E[volume of k - 1 responses]
 
-    A test proves both statements by enumerating every group of a small policy.
+    Likewise for the rewards. tests/test_gradient.py enumerates every group of a small policy.
     """
     total = quality + bonus  # (P, k, ...)
     if baseline == "none":
@@ -136,13 +136,13 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
     logp:        (B, T) log pi of each token, with gradient
     advantages:  (B,), or (B, T) with a weight per token
     mask:        (B, T) bool, the tokens of the response
-    old_logp:    (B, T) of the policy that sampled. Without it the ratio is 1 and its gradient
-                 is grad log pi: plain REINFORCE. With it, the clipped ratio of PPO and GRPO.
+    old_logp:    (B, T) of the policy that sampled: the clipped ratio of PPO and GRPO. Without it,
+                 as in the first epoch, the ratio is 1: its gradient is REINFORCE's grad log pi.
 
     We divide by B * max_new_tokens, a constant. Dividing by the actual lengths would favour
     the tokens of short responses, and the gradient would depend on the micro-batches.
 
-    WARNING  The value says nothing about progress: advantages are centred, the ratio is 1.
+    WARNING  The value says nothing about progress: advantages are centred.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
@@ -208,7 +208,7 @@ class Config:
     # the objective
     objective: str = option("dqo", "what is optimised: a name, or file.py:function")
     alpha: float | None = option(None, "strength of diversity [the objective's own]", low=0)
-    kernel: str = option("plain", "quality: wrong answers span nothing",
+    kernel: str = option("plain", "of the volume; quality: wrong answers span nothing",
                          choices=("plain", "quality"))
     baseline: str = option("mean", "what is subtracted within a group",
                            choices=("mean", "none", "std"))
@@ -283,24 +283,24 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
         volume = log_det(phi).mean().item()  # of the plain kernel, so that runs compare
         if config.kernel == "quality":
             phi = quality_weighted(phi, squashed(quality, reward, memory, check))
-        gain = marginal_gains(phi)  # (P, k) for the log: `dqo` is paid with it, others are not
+        gain = marginal_gains(phi)  # (P, k) for the log; `dqo` computes its own
     mask = rollout.mask.view(P, k, -1).cpu()  # (P, k, T)
     logp = rollout.logp.view(P, k, -1).cpu().masked_fill(~mask, math.nan)  # (P, k, T)
-    bonus = bonus_of(quality, phi, logp, config.alpha)  # (P, k)
+    bonus = bonus_of(quality, phi, logp, config.alpha)  # (P, k), or (P, k, T or 1)
     token_bonus = torch.zeros(P, k, 1)
     if bonus.dim() == 3:  # the objective weighs tokens
         bonus, token_bonus = torch.zeros(P, k), torch.where(mask, bonus, 0.0)  # (P, k, T)
     check("bonus", bonus + token_bonus.sum(-1))
     tick("gains_s")
 
-    # 4. The KL penalty is part of the reward: -beta * log(pi/pi_ref), a constant, is the exact
+    # 4. The KL penalty is part of the reward: -beta * log(pi/pi_ref), detached, is the exact
     # gradient of KL(pi || pi_ref). Each token answers for the log-ratios from it on, as what
-    # came before is no consequence of it: the same expectation, half of the variance.
+    # came before is no consequence of it: the same expectation, less variance if T is large.
     # WARNING  The popular k3 estimator, differentiated as a loss, gives the gradient of
     # KL(pi_ref || pi) instead. Here k3 is only reported.
     penalty, kl = torch.zeros(P, k, 1), 0.0
     if config.beta > 0:
-        log_ratio = rollout.logp - score(reference, rollout, config)  # (B, T)
+        log_ratio = rollout.logp - logps_of(reference, rollout, config)  # (B, T)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()
         to_go = log_ratio.flip(1).cumsum(1).flip(1)  # (B, T)
         penalty = config.beta * to_go.view(P, k, -1).cpu()  # (P, k, T)
@@ -312,9 +312,9 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     # 6. Move the weights of the model.
     metrics = update(model, optimizer, rollout, weight.to(model.device), config, memory, check)
     tick("update_s")
-    seen = summary(rows, rollout, quality, bonus + token_bonus.sum(-1), penalty[..., 0], gain,
+    said = summary(rows, rollout, quality, bonus + token_bonus.sum(-1), penalty[..., 0], gain,
                    advantage[..., 0])
-    return dict(seen, log_det=volume, kl=kl, **metrics, **tick.seconds)
+    return dict(said, log_det=volume, kl=kl, **metrics, **tick.seconds)
 
 
 def summary(rows, rollout, quality, bonus, penalty, gain, advantage):
@@ -398,7 +398,7 @@ def micro_batches(rollout, config):
 
 
 @torch.no_grad()
-def score(model, rollout, config):
+def logps_of(model, rollout, config):
     """log pi of all response tokens under a model, (B, T), a micro-batch at a time."""
     logp = torch.zeros_like(rollout.logp)
     for index, part in micro_batches(rollout, config):
@@ -516,8 +516,8 @@ def autocast(device):
     """bf16 matrix products on CUDA; the weights stay float32, bf16 would lose steps of 1e-6."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    # cuDNN's attention: NaN gradients under a mask on Hopper (pytorch#196678), wrong text on
-    # B200, and a new plan for every new length, which is every token.
+    # Reported of cuDNN's attention: NaN gradients under a mask on Hopper (pytorch#196678), wrong
+    # text on B200, and a new plan for every new length, which is every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.cuda.is_bf16_supported(including_emulation=False):  # T4, V100
         return contextlib.nullcontext()
@@ -702,11 +702,9 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
 
 def shares_prompts(model):
     """Whether gradients can flow through a KV cache. Gradient checkpointing goes without one,
-    and a model that is not attention alone (Qwen3.5, LFM2, Jamba) overwrites its state."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    recurrent = any("attention" not in kind or "linear" in kind for kind in kinds)
+    and a model with a recurrent state (Qwen3.5, Jamba) overwrites it."""
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    return not (recurrent or checkpointed or getattr(model, "_is_stateful", False))
+    return not (checkpointed or getattr(model, "_is_stateful", False))
 
 
 def shared_cache(model, tokens, mask):
