@@ -477,7 +477,8 @@ def against_trl(o, show, case, n, target, spec, micro_batches):
         print(f"{case} skipped: {python} has no trl. To install it:\n  {INSTALL}\n"
               "and pass --trl-python trlenv/bin/python")
         return
-    specs = [dict(words=0, beta=0.0, **spec, micro_batch=size) for size in micro_batches]
+    spec = dict(words=0, beta=0.0) | spec
+    specs = [dict(spec, micro_batch=size) for size in micro_batches]
     with worker(o, "dqo", **specs[0]) as ours, worker(o, "trl", python, **specs[1]) as trl:
         a, b = take_turns(n, ours, trl, warmup=1 if n < 5 else 3)
     assert a["threads"][0] == b["threads"][0] == o.threads
