@@ -15,7 +15,7 @@ Adding I keeps the logarithm finite. The gradient is REINFORCE with one number p
     g_i      = log det(L + I) - log det(L_{-i} + I)        L_{-i} is L without response i
 
 g_i is the marginal gain: the volume that response i adds to the others of its group. Three
-responses, the first two of them equal, the third orthogonal to both:
+responses, two of them equal, the third orthogonal to both:
 
         [1 1 0]    det(L + I) = 6     without the first or second: 4     without the third: 3
     L = [1 1 0]    g = log 6/4, log 6/4, log 6/3 = 0.41, 0.41, 0.69
@@ -67,7 +67,7 @@ def gram(phi):
 def gram_plus_identity(phi):
     """L + I in float64, (..., k, k). Its eigenvalues are at least 1, so it has an inverse."""
     L = gram(phi).double()
-    return L + torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    return L + torch.eye(L.shape[-1]).to(L)
 
 
 def log_det(phi):
@@ -86,9 +86,9 @@ def marginal_gains(phi):
     gains. They lie between log(1 + 1/k), all equal, and log 2, all orthogonal. In a group of
     real texts they differ by 0.05 to 0.2: at alpha = 1, that much reward.
     """
-    M = gram_plus_identity(phi)  # (..., k, k)
+    M = gram_plus_identity(phi)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(M))
-    return -inverse.diagonal(dim1=-2, dim2=-1).log().to(phi.dtype)  # (..., k)
+    return -inverse.diagonal(dim1=-2, dim2=-1).log().to(phi.dtype)
 
 
 def quality_weighted(phi, q):
@@ -99,6 +99,18 @@ def quality_weighted(phi, q):
     statistic of the group in it, the gradient would no longer be exact.
     """
     return phi * q.to(phi.dtype).sqrt()[..., None]
+
+
+def gaussian(phi):
+    """Vectors with the products exp(-|phi_i - phi_j|^2 / 2), a kernel of the authors' code.
+
+    (..., k, D) -> (..., k, k). Orthogonal texts are 0.37 alike in it, so gains are smaller:
+    alpha does not carry over.
+    """
+    there = phi.any(-1, keepdim=True).double()  # (..., k, 1) 0 for an empty text
+    L = (gram(phi).double() - 1).exp() * gram(there)  # |phi_i - phi_j|^2 = 2 - 2 cos
+    eigenvalues, vectors = torch.linalg.eigh(L)
+    return (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]).to(phi.dtype)
 
 
 # ------------------------------------- advantages
@@ -120,7 +132,7 @@ def advantages(quality, bonus, baseline):
 
     Likewise for the rewards. tests/test_gradient.py enumerates every group of a small policy.
     """
-    total = quality + bonus  # (P, k, ...)
+    total = quality + bonus
     if baseline == "none":
         return total
     centred = total - total.mean(dim=1, keepdim=True)
@@ -148,7 +160,7 @@ def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2)
         advantages = advantages[:, None]  # (B, 1)
     if old_logp is None:
         old_logp = logp.detach()
-    ratio = (logp - old_logp).exp()  # (B, T)
+    ratio = (logp - old_logp).exp()
     free = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     surrogate = torch.minimum(free, clipped)  # no reward for moving beyond the clip
@@ -192,7 +204,7 @@ def grpo(quality, phi, logp, alpha):
 @objective(smallest_group=(2, 3))  # with a baseline the update is that of k - 1 = 2 responses
 def dqo(quality, phi, logp, alpha):
     """The paper's objective: each response is paid for the volume that it adds."""
-    return alpha * marginal_gains(phi)  # (P, k)
+    return alpha * marginal_gains(phi)
 
 
 # ------------------------------------ the options
@@ -209,7 +221,7 @@ class Config:
     objective: str = option("dqo", "what is optimised: a name, or file.py:function")
     alpha: float | None = option(None, "strength of diversity [the objective's own]", low=0)
     kernel: str = option("plain", "of the volume; quality: wrong answers span nothing",
-                         choices=("plain", "quality"))
+                         choices=("plain", "quality", "gaussian"))
     baseline: str = option("mean", "what is subtracted within a group",
                            choices=("mean", "none", "std"))
     # the rollout
@@ -269,7 +281,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
 
     # 2. Judge each. This is the only place where the task comes in.
     scores = reward([row["prompt"] for row in each], rollout.texts, each)
-    quality = torch.tensor(scores, dtype=torch.float32).view(P, k)  # (P, k)
+    quality = torch.tensor(scores, dtype=torch.float32).view(P, k)
     check("quality", quality)
     tick("reward_s")
 
@@ -283,6 +295,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
         volume = log_det(phi).mean().item()  # of the plain kernel, so that runs compare
         if config.kernel == "quality":
             phi = quality_weighted(phi, squashed(quality, reward, memory, check))
+        if config.kernel == "gaussian":
+            phi = gaussian(phi)
         gain = marginal_gains(phi)  # (P, k) for the log; `dqo` computes its own
     mask = rollout.mask.view(P, k, -1).cpu()  # (P, k, T)
     logp = rollout.logp.view(P, k, -1).cpu().masked_fill(~mask, math.nan)  # (P, k, T)
@@ -302,7 +316,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     if config.beta > 0:
         log_ratio = rollout.logp - logps_of(reference, rollout, config)  # (B, T)
         kl = (((-log_ratio).exp() - 1 + log_ratio).sum() / (P * k)).item()
-        to_go = log_ratio.flip(1).cumsum(1).flip(1)  # (B, T)
+        to_go = log_ratio.flip(1).cumsum(1).flip(1)
         penalty = config.beta * to_go.view(P, k, -1).cpu()  # (P, k, T)
 
     # 5. An advantage for each token, from the response's own group.
@@ -343,14 +357,13 @@ def summary(rows, rollout, quality, bonus, penalty, gain, advantage):
 def update(model, optimizer, rollout, weight, config, memory, check):
     """Gradient ascent on one rollout, an optimizer step per epoch. weight: (B, 1) or (B, T).
 
-    One epoch is on-policy: the ratio is 1 and nothing is clipped. The metrics are those of the
-    last epoch, but for `drift`: |log pi scored - log pi sampled| per token before the update,
-    which is rounding, unless the two see different policies. A gradient that is not finite is
-    `skipped`; the third in a row raises BadInput.
+    The metrics are those of the last epoch, but for `drift`: |log pi scored - log pi sampled|
+    per token before the update, which is rounding, unless the two see different policies. A
+    gradient that is not finite is `skipped`; the third in a row raises BadInput.
     """
     count, total, skipped = len(rollout.texts), rollout.mask.sum().item(), 0
     model.train()  # for gradient checkpointing; all dropout is 0
-    old = torch.zeros_like(rollout.logp)  # (B, T)
+    old = torch.zeros_like(rollout.logp)
     for epoch in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
         metrics = dict(loss=0.0, clipped=0.0, entropy=0.0)
@@ -409,8 +422,7 @@ def logps_of(model, rollout, config):
 def squashed(quality, reward, memory, check):
     """Quality in [0, 1] for the quality kernel. A sigmoid where the reward is unbounded.
 
-    Its centre is the mean of the first rollout, ever after: if it moved with the group, q_i
-    would no longer depend on y_i alone.
+    Its centre, the mean of the first rollout, stays: q_i must depend on y_i alone.
     """
     if getattr(reward, "range", None) == (-math.inf, math.inf):
         return torch.sigmoid(quality - memory.setdefault("center", quality.mean().item()))
@@ -419,8 +431,7 @@ def squashed(quality, reward, memory, check):
 
 
 def finite_check(rows, texts):
-    """A check that names the first response with a value out of range, infinite or NaN: one
-    NaN would soon be in every weight."""
+    """A check that names the first response whose value is out of range, infinite or NaN."""
     def check(what, values, responses=None, low=-1e38, high=1e38):
         for j, value in enumerate(values.flatten().tolist()):
             if not low <= value <= high:
@@ -516,8 +527,8 @@ def autocast(device):
     """bf16 matrix products on CUDA; the weights stay float32, bf16 would lose steps of 1e-6."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    # Reported of cuDNN's attention: NaN gradients under a mask on Hopper (pytorch#196678), wrong
-    # text on B200, and a new plan for every new length, which is every token.
+    # cuDNN's attention: NaN gradients on Hopper (pytorch#196678), wrong text on B200, and a new
+    # plan for every length, which is every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.cuda.is_bf16_supported(including_emulation=False):  # T4, V100
         return contextlib.nullcontext()
@@ -544,7 +555,7 @@ def draw(log_probs, u):
     would never be drawn. Hence float64, and u times the row's own last value.
     """
     cdf = log_probs.double().exp().cumsum(1)  # (R, V)
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return token.clamp(max=cdf.shape[1] - 1)
 
 
@@ -563,8 +574,9 @@ def run_prompts(model, tokens, mask):
     """The KV cache of some prompts and the logits of their last position, (P, V)."""
     out = model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask),
                 use_cache=True, logits_to_keep=1)
-    if torch.is_autocast_enabled(tokens.device.type):
-        keep_in(torch.get_autocast_dtype(tokens.device.type), out.past_key_values)
+    kind = tokens.device.type
+    if torch.is_autocast_enabled(kind):
+        keep_in(torch.get_autocast_dtype(kind), out.past_key_values)
     return out.past_key_values, out.logits[:, -1]
 
 
@@ -587,9 +599,9 @@ def select_rows(cache, index):
 def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     """Draw k responses to each of P prompts: texts, chat messages, or lists of token ids.
 
-    The top-p, top-k and temperature that the model's authors recommend are not looked at: the
-    gradient needs the policy that sampled. The model is left in eval mode. Raises BadInput for
-    a prompt without tokens, a model without an end token, numbers that are not finite.
+    Without top-p and top-k, whatever the model recommends: the gradient needs the policy that
+    sampled. The model is left in eval mode. Raises BadInput for a prompt without tokens, a
+    model without an end token, numbers that are not finite.
     """
     device, T = model.device, max_new_tokens
     model.eval()  # gradient checkpointing in train mode would drop the KV cache
@@ -601,8 +613,8 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     prompt, prompt_mask = left_padded(ids, pad, device)  # (P, N)
     B, N = len(ids) * k, prompt.shape[1]
     tokens = F.pad(prompt.repeat_interleave(k, 0), (0, T), value=pad)  # (B, N + T)
-    attention_mask = F.pad(prompt_mask.repeat_interleave(k, 0), (0, T))  # (B, N + T)
-    logp = torch.zeros(B, T, device=device)  # (B, T)
+    attention_mask = F.pad(prompt_mask.repeat_interleave(k, 0), (0, T))
+    logp = torch.zeros(B, T, device=device)
 
     with autocast(device):
         cache, logits = run_prompts(model, prompt, prompt_mask)  # each prompt once,
@@ -620,13 +632,13 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
             attention_mask[alive, N + t] = 1
             logp[alive, t] = log_probs.gather(1, token)[:, 0]
             # WARNING  Never find the end by the pad id: it is often the same id.
-            goes_on = ~torch.isin(token[:, 0], end)  # (R,) bool
+            goes_on = ~torch.isin(token[:, 0], end)  # (R,)
             if t == T - 1 or not goes_on.any():
                 break
             if not goes_on.all():
                 select_rows(cache, goes_on.nonzero()[:, 0])
                 alive, token = alive[goes_on], token[goes_on]
-            seen = attention_mask[alive, :N + t + 1]  # (R, N + t + 1)
+            seen = attention_mask[alive, :N + t + 1]
             logits = model(input_ids=token, attention_mask=seen,
                            position_ids=positions(seen)[:, -1:],
                            past_key_values=cache, use_cache=True).logits[:, -1]
@@ -651,7 +663,7 @@ def embed(encoder, texts, known=None):
 
     encoder:  anything with sentence-transformers' `.encode(list of str)`
     known:    a dict that the caller keeps. Equal texts are encoded once, with it also from
-              call to call: the encoder is nearly half of a step on a CPU.
+              call to call.
 
     Only the response is embedded: the prompt, common to a group, would make all k alike. A
     zero vector (an empty text, to some encoders) stays one: it spans and gains nothing.
@@ -664,7 +676,7 @@ def embed(encoder, texts, known=None):
     if new:
         vectors = torch.as_tensor(encoder.encode(new)).float().cpu()  # (len(new), D)
         known.update(zip(new, F.normalize(vectors, dim=-1)))
-    return torch.stack([known[text] for text in texts])  # (B, D)
+    return torch.stack([known[text] for text in texts])
 
 
 # ---------------------------------------- scoring
@@ -719,8 +731,8 @@ def shared_cache(model, tokens, mask):
 class PickedLogProbs(torch.autograd.Function):
     """log_softmax(logits)[token]: (n, V), (n,) -> (n,), with the gradient kept in `logits`.
 
-    The logits are the largest tensor of a run: 8 GB for 64 x 256 tokens of 128k. Autograd would
-    keep four of that size; here it is one, because the gradient is simple,
+    The logits are the largest tensor of a run: 8 GB for 64 x 256 tokens of 128k. Autograd keeps
+    four of that size; here it is one, because the gradient is simple,
     (onehot(token) - p) / temperature, and can overwrite the logits at once.
 
     WARNING  So the logits are gone after forward, and there can be only one backward.

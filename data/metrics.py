@@ -179,6 +179,23 @@ def effective_diversity(correct, phi, same=0.9):
     return pairs.sum().item() / (len(right) * (len(right) - 1))
 
 
+def utility(scores, phi, patience=0.8, same=0.9):
+    """What n responses are worth to someone who reads them in turn, goes on with probability
+    `patience` after each, and gains nothing by what was said before (NoveltyBench, Zhang et al.
+    2025): (1 - p) / (1 - p^n) * sum_i p^(i-1) * score_i over the first response of each class.
+
+    A response is of the class of an earlier first one if their cosine reaches `same`.
+    (There a trained classifier decides.)    scores: n numbers
+    """
+    alike = (cosines(phi) >= same).tolist()
+    firsts, total = [], 0.0
+    for i, score in enumerate(scores):
+        if not any(alike[i][j] for j in firsts):
+            firsts.append(i)
+            total += patience ** i * score
+    return total * (1 - patience) / (1 - patience ** len(scores))
+
+
 # --------------------------------------------------------------------------------- one prompt
 OF_CORRECT = ("pass_at", "distinct_correct", "correct_distinct_4", "correct_self_bleu_diversity",
               "effective_diversity")
@@ -203,6 +220,7 @@ def group_metrics(texts, scores, phi, threshold=1.0):
         quality=sum(scores) / n,
         pass_at={str(m): pass_at_n(correct, m) for m in sizes},
         max_at={str(m): max_at_n(scores, m) for m in sizes},
+        utility=utility(scores, phi),
         distinct_correct=len(set(map(normalize, right))),
         distinct_1=distinct_n(texts, 1),
         distinct_4=distinct_n(texts, 4),

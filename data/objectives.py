@@ -12,11 +12,13 @@ dra scale a response's own reward and ignore what that does to the others: they 
 objective's gradient. In them r is the quality, and one below 0 is left alone.
 """
 
+import math
+
 import torch
 
 from data.scoring import function_in
 from data.sources import why
-from dqo import OBJECTIVES, BadInput, gram, objective
+from dqo import OBJECTIVES, BadInput, gram, marginal_gains, objective
 
 
 def empty(phi):
@@ -89,6 +91,48 @@ def dra(quality, phi, logp, alpha):
     r = quality.clamp(min=0)
     crowd = gram(phi).clamp(min=0).sum(-1)                                  # (P, k)
     return r * crowd.masked_fill(empty(phi), quality.shape[1]) ** -alpha - r
+
+
+@objective(alpha=5.0, smallest_group=(2, 2))  # the published strength is unknown to us
+def setpo(quality, phi, logp, alpha):
+    """What the group's diversity D gains by a response, in its advantage: alpha * (D - D_{-i}).
+
+    SetPO, ICML 2026: D = mean_i -log(1 + mean_j L_ij), j = i included; D_{-i} leaves response i
+    out. It is added behind the baseline, so nothing is subtracted from it.
+    """
+    k = quality.shape[1]
+    nothing = empty(phi)
+    L = gram(phi).masked_fill(nothing[:, :, None] | nothing[:, None, :], 1.0)  # (P, k, k)
+    similar = L.sum(-1)                                                     # (P, k)
+    diversity = -torch.log1p(similar / k).mean(-1, keepdim=True)            # (P, 1)
+    # To leave i out takes L_ij off the sum of every other j.
+    without = -torch.log1p((similar[:, None, :] - L) / (k - 1))             # (P, i, j)
+    of_others = (without.sum(-1) - without.diagonal(dim1=1, dim2=2)) / (k - 1)  # (P, k)
+    return alpha * (diversity - of_others)[:, :, None]                      # (P, k, 1)
+
+
+@objective(alpha=4.0, embeds=False, smallest_group=(2, 2))
+def passk(quality, phi, logp, alpha):
+    """r becomes what a response does for pass@m, m = alpha, no encoder needed.
+
+    PKPO and Pass@k Training, 2025, with one response left out: a right one (reward 1) is worth
+    the probability that m - 1 others, drawn from the group, are all wrong; any other nothing.
+    """
+    k, m = quality.shape[1], int(alpha)
+    right = quality >= 1                                                    # (P, k)
+    count = right.sum(1, keepdim=True)                                      # (P, 1)
+    worth = [math.comb(k - c, m - 1) / math.comb(k - 1, m - 1) for c in range(k + 1)]
+    return torch.tensor(worth)[count] * right - quality                     # (P, k)
+
+
+@objective(smallest_group=(2, 3))
+def repexp(quality, phi, logp, alpha):
+    """alpha * phi_i' (I + sum_j phi_j phi_j')^-1 phi_i: how far a response lies off the others.
+
+    RepExp, ICLR 2026. With vectors of length 1 it is exactly 1 - exp(-g_i): the same ranking
+    within a group as dqo, another scale.
+    """
+    return alpha * -torch.expm1(-marginal_gains(phi))                       # (P, k)
 
 
 def load_objective(name):

@@ -13,6 +13,7 @@ from dqo import MINILM, OBJECTIVES, BadInput, Config, option
 # rate and a KL penalty to stay fluent. (The tiny one, whose rewards are strict, does not.)
 TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
 OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256, micro_batch=16)
+ONE_WORD = dict(max_new_tokens=8, steps=48, micro_batch=64)  # --data categories
 LORA_LR = 10  # times as large: what is trained starts at 0 and has a low rank
 MOST_STEPS = 1000  # by default; one pass over CNN/DailyMail would be 36,000
 
@@ -68,14 +69,19 @@ class RunConfig(Config):
         if self.alpha > bonus.highest_alpha:
             raise BadInput(f"--alpha {self.alpha}: for {self.objective} it must be at most "
                            f"{bonus.highest_alpha}")
-        if self.kernel == "quality" and self.objective != "dqo":
-            raise BadInput("--kernel quality is defined for --objective dqo only, "
+        if self.kernel != "plain" and self.objective != "dqo":
+            raise BadInput(f"--kernel {self.kernel} is defined for --objective dqo only, "
                            f"not for {self.objective}")
+        if self.objective == "passk" and self.alpha not in range(1, self.k + 1):
+            raise BadInput(f"--alpha {self.alpha:g}: for passk it is the m of pass@m, a whole "
+                           f"number from 1 to --k, which is {self.k}")
 
 
 def defaults_of(config):
     """What the options are by default that depend on what is trained."""
     defaults = TINY if is_tiny(config.model) else OTHER
+    if config.data == "categories":
+        defaults = defaults | ONE_WORD
     if config.lora:
         return dict(defaults, lr=LORA_LR * defaults["lr"])
     return defaults

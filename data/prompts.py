@@ -127,6 +127,9 @@ def countdown_puzzle(row):
 
 # ---------------------------------------------------------------------------------- tasks
 TASKS = ["instruct", "summarize", "story", "reason"]  # the miniature tasks, the default of --data
+# All that this repository has rows of, and their rewards. `categories` is for a real model: "Name
+# one fruit. Answer with one word."
+OURS = {**{task: task for task in TASKS}, "categories": "instruct"}
 
 GSM8K = (
     "https://raw.githubusercontent.com/openai/grade-school-math/master/"
@@ -151,8 +154,8 @@ def sources(data, prompt_key="prompt", answer_key="answer"):
     tasks = []
     for part in data.split(","):
         name, _, source = part.partition(":")
-        if name in TASKS and not source:
-            tasks.append(Task(name, own_prompt, name, str(HERE / f"{name}.jsonl"), "test"))
+        if name in OURS and not source:
+            tasks.append(Task(name, own_prompt, OURS[name], str(HERE / f"{name}.jsonl"), "test"))
         elif name in READY:
             tasks.append(replace(READY[name], source=source or READY[name].source))
         else:
@@ -194,7 +197,7 @@ def records_of(task, split, limit):
     source = task.source.replace("{split}", stored_as)
 
     records = {}
-    known = [*TASKS, *READY]
+    known = [*OURS, *READY]
     for i, (where, row) in enumerate(read(source, stored_as, limit, task.name, known)):
         try:
             prompt, answer = task.template(row)

@@ -26,6 +26,7 @@ LABELS = dict(
     correct_distinct_4="distinct-4, correct only",
     correct_self_bleu_diversity="1 - self-BLEU, correct only",
     effective_diversity="effective semantic diversity",
+    utility="utility",
     cosine_distance="cosine distance",
     vendi="Vendi score",
     log_det="log det",

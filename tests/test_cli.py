@@ -33,7 +33,8 @@ METRICS = """
 """.split()
 SAMPLE = {"step", "prompt", "response", "quality", "gain", "advantage"}
 RESULT = """
-    model task prompts n threshold quality pass_at max_at distinct_correct distinct_1 distinct_4
+    model task prompts n threshold quality pass_at max_at utility distinct_correct distinct_1
+    distinct_4
     self_bleu_diversity self_rouge_diversity correct_distinct_4 correct_self_bleu_diversity
     effective_diversity cosine_distance vendi log_det mean_tokens truncated se
 """.split()
@@ -849,6 +850,14 @@ def test_a_folder_that_is_called_tiny_is_any_model(tmp_path, monkeypatch):
     assert resolved("tiny") == others
     assert resolved("data/tiny") == options.TINY
     assert resolved(ROOT / "data/tiny") == options.TINY
+
+
+def test_one_word_answers_of_a_real_model_are_short():
+    """So that the first run with one takes minutes; other data keep the usual length."""
+    for data, length, steps in (("categories", 8, 48), ("gsm8k", 256, 2)):
+        config = runs.RunConfig(model="smollm2", data=data)
+        options.fill_defaults(config, 16)
+        assert (config.max_new_tokens, config.steps) == (length, steps)
 
 
 def test_no_run_is_longer_than_a_thousand_steps_unless_told():

@@ -253,6 +253,26 @@ def test_of_two_responses_of_a_prompt_a_cosine_decides_whether_they_differ(cosin
     assert metrics.group_metrics(["a", "b"], [1.0, 1.0], phi)["effective_diversity"] == different
 
 
+@pytest.mark.parametrize("scores, phi, expected", [
+    # All differ: (1 - p)/(1 - p^4) (1 + .8 * .5 + .64 * 0 + .512 * 1) with p = .8.
+    ([1.0, 0.5, 0.0, 1.0], EYE, 0.2 / 0.5904 * 1.912),
+    # The second is of the first one's class, and the fourth of the third one's: 1 + .64 * 1.
+    ([1.0, 0.5, 1.0, 1.0], EYE[[0, 0, 1, 1]], 0.2 / 0.5904 * 1.64),
+    ([0.7], EYE[:1], 0.7),
+    ([1.0, 1.0], torch.zeros(2, 4), 0.2 / 0.36),  # two empty texts are one
+])
+def test_utility(scores, phi, expected):
+    assert metrics.utility(scores, phi) == about(expected)
+
+
+def test_a_class_is_what_is_like_its_first():
+    """In a chain of cosine .96 from each to the next, the third is only .84 like the first."""
+    angles = torch.tensor([0.0, 0.28, 0.56])
+    phi = torch.stack([angles.cos(), angles.sin()], 1)
+    assert metrics.utility([0.0, 0.0, 1.0], phi) == about(0.2 / 0.488 * 0.64)
+    assert metrics.utility([0.0, 1.0, 0.0], phi) == 0.0
+
+
 def test_group_metrics():
     texts = ["Lisbon", "lisbon.", "rome", "paris"]
     m = metrics.group_metrics(texts, [1.0, 1.0, 1.0, 0.0], EYE)

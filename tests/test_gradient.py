@@ -23,6 +23,7 @@ from dqo import (
     Rollout,
     advantages,
     dqo_step,
+    gaussian,
     log_det,
     policy_loss,
     quality_weighted,
@@ -59,7 +60,9 @@ def gradient(value, theta):
 def embeddings(groups, kernel):
     """phi of all groups under a kernel, (m^k, k, D)."""
     phi = PHI[groups]
-    return quality_weighted(phi, QUALITY[groups]) if kernel == "quality" else phi
+    if kernel == "quality":
+        return quality_weighted(phi, QUALITY[groups])
+    return gaussian(phi) if kernel == "gaussian" else phi
 
 
 def objective(logp, ref, k, beta, kernel):
@@ -86,7 +89,7 @@ def expected_update(logp, groups, weight):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("kernel", ["plain", "quality"])
+@pytest.mark.parametrize("kernel", ["plain", "quality", "gaussian"])
 @pytest.mark.parametrize("k", [3, 4, 5])
 def test_categorical_policy(k, kernel, beta):
     """No baseline gives exactly grad J_k, the group's mean exactly grad J_{k-1}."""

@@ -1,6 +1,7 @@
 """What each objective adds to the qualities of a group, against values worked out by hand."""
 
 import copy
+import itertools
 import math
 import textwrap
 from unittest import mock
@@ -23,6 +24,7 @@ from dqo import (
     Config,
     dqo_step,
     embed,
+    marginal_gains,
     objective,
     policy_loss,
     sample,
@@ -47,7 +49,8 @@ def bonus(name, quality, phi=None, logp=None, alpha=None):
 
 def test_published_strengths():
     """Each objective has its own default alpha; an alpha of 0 is not taken for a missing one."""
-    published = dict(dqo=1.0, pairwise=1.0, likelihood=0.25, entropy=0.01, darling=0.8, dra=1.0)
+    published = dict(dqo=1.0, pairwise=1.0, likelihood=0.25, entropy=0.01, darling=0.8, dra=1.0,
+                     setpo=5.0, passk=4.0, repexp=1.0)
     assert {name: Config(objective=name).alpha for name in published} == published
     assert Config(objective="likelihood", alpha=0.0).alpha == 0.0
 
@@ -126,7 +129,47 @@ def test_dra():
     torch.testing.assert_close(squared, [-0.75, 0.0, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("name", ["dqo", "pairwise", "likelihood", "darling", "dra"])
+def test_setpo():
+    """D - D_{-i} by hand: the mean of row i of L is 2/3, 2/3 and 1/3.
+
+    Without the first or second, the rows left have the mean 1/2; without the third, 1.
+    """
+    added = bonus("setpo", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=2.0)
+    whole = -(2 * math.log(5 / 3) + math.log(4 / 3)) / 3
+    by_hand = [2 * (whole + math.log(1.5)), 2 * (whole + math.log(1.5)), 2 * (whole + math.log(2))]
+    torch.testing.assert_close(added, [[x] for x in by_hand])  # of each response: per token
+
+
+def test_passk():
+    """A right answer's share in pass@m, by enumeration: the others of its draw are all wrong."""
+    quality = [1.0, 1.0, 0.0, 0.5, 0.0]  # two right ones of five
+    for m in range(1, 6):
+        expected = []
+        for i, q in enumerate(quality):
+            others = [other for j, other in enumerate(quality) if j != i]
+            draws = list(itertools.combinations(others, m - 1))
+            decisive = sum(all(x < 1 for x in draw) for draw in draws) / len(draws)
+            expected.append(decisive * (q >= 1) - q)
+        torch.testing.assert_close(bonus("passk", quality, alpha=float(m)), expected)
+    # At m = 2: the probability that the one other is wrong, 3 of 4.
+    torch.testing.assert_close(bonus("passk", quality, alpha=2.0), [-0.25, -0.25, 0.0, -0.5, 0.0])
+
+
+def test_repexp():
+    """It is 1 - e^-g for g the marginal gain, and the formula with the inverse of D x D."""
+    added = bonus("repexp", [1.0, 0.0, 1.0], [E1, E1, E2], alpha=2.0)
+    torch.testing.assert_close(added, [2 * (1 - 4 / 6), 2 * (1 - 4 / 6), 2 * (1 - 3 / 6)])
+
+    torch.manual_seed(0)
+    phi = F.normalize(torch.randn(6, 4), dim=1)
+    inverse = torch.linalg.inv(torch.eye(4) + phi.T @ phi)                  # (D, D)
+    expected = (phi @ inverse * phi).sum(1)
+    torch.testing.assert_close(torch.tensor(bonus("repexp", [0.0] * 6, list(phi))), expected)
+    torch.testing.assert_close(expected, 1 - (-marginal_gains(phi)).exp())
+
+
+@pytest.mark.parametrize("name", ["dqo", "pairwise", "likelihood", "darling", "dra", "setpo",
+                                  "passk", "repexp"])
 def test_each_group_is_on_its_own(name):
     """Three groups at once get what each gets alone."""
     torch.manual_seed(0)
@@ -134,6 +177,9 @@ def test_each_group_is_on_its_own(name):
     phi = F.normalize(torch.randn(3, 4, 2), dim=-1)
     logp = -torch.rand(3, 4)[:, :, None]
     strength, add = Config(objective=name).alpha, OBJECTIVES[name]
+    if name == "passk":
+        quality = (quality > 0.4).float()
+        strength = 2.0
     together = add(quality, phi, logp, strength)
     alone = []
     for i in range(3):
@@ -254,6 +300,11 @@ def test_entropy_does_not_push_correct_answers_down():
     (dict(objective="dqo", baseline="none", k=1), "k = 2"),
     (dict(objective="dra", alpha=-1.0), "at least 0"),
     (dict(objective="dra", kernel="quality"), "dqo only"),
+    (dict(objective="repexp", kernel="gaussian"), "dqo only"),
+    (dict(objective="repexp", k=2), "k = 3"),
+    (dict(objective="passk", alpha=1.5), "a whole number from 1"),
+    (dict(objective="passk", alpha=0.0), "a whole number from 1"),
+    (dict(objective="passk", alpha=9.0, k=8), "which is 8"),
 ])
 def test_strengths_and_groups_that_make_no_sense_are_refused(options, message):
     """Too strong, too weak, too small a group, or a kernel that it does not have."""
@@ -261,9 +312,9 @@ def test_strengths_and_groups_that_make_no_sense_are_refused(options, message):
         RunConfig(**options).check()
 
 
-@pytest.mark.parametrize("name", ["likelihood", "entropy", "darling", "dra"])
+@pytest.mark.parametrize("name", ["likelihood", "entropy", "darling", "dra", "setpo"])
 def test_two_responses_are_enough_for_these(name):
-    """Only dqo and pairwise need a third: the mean baseline leaves these a signal at k = 2."""
+    """dqo, pairwise and repexp need a third: the mean baseline leaves these a signal at k = 2."""
     RunConfig(objective=name, k=2).check()
 
 

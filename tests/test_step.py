@@ -20,6 +20,7 @@ from dqo import (
     advantages,
     dqo_step,
     embed,
+    gaussian,
     log_det,
     marginal_gains,
     micro_batches,
@@ -513,12 +514,16 @@ def test_how_much_each_term_decides_is_logged(model, tokenizer, objective):
 
 def test_the_volume_in_the_log_is_that_of_the_plain_kernel(model, tokenizer):
     """So that runs with another kernel compare; the gains are those of the kernel."""
-    plain, weighted = [step(model, tokenizer, kernel=kernel)[1] for kernel in ("plain", "quality")]
+    kernels = ("plain", "quality", "gaussian")
+    plain, weighted, curved = [step(model, tokenizer, kernel=kernel)[1] for kernel in kernels]
     assert [s["response"] for s in plain["samples"]] == [s["response"] for s in weighted["samples"]]
     phi = embed(HashEncoder(), [s["response"] for s in plain["samples"]]).view(P, K, -1)
     assert plain["log_det"] == pytest.approx(log_det(phi).mean().item(), rel=1e-5)
-    assert weighted["log_det"] == plain["log_det"]
+    assert weighted["log_det"] == curved["log_det"] == plain["log_det"]
     assert weighted["gain"] < plain["gain"] - 0.01
+    expected = marginal_gains(gaussian(phi)).mean().item()
+    assert curved["gain"] == pytest.approx(expected, rel=1e-5)
+    assert curved["gain"] < plain["gain"] - 0.01
 
 
 def test_advantages_stay_within_their_group(model, tokenizer):

@@ -117,6 +117,21 @@ def test_files(task):
     assert {r["task"] for r in train + test} == {task}
 
 
+def test_categories():
+    """Each asks for one word and has at least 30; none of the tested ones is trained."""
+    train, test = load_rows("categories", "train"), load_rows("categories", "test")
+    assert (len(train), len(test)) == (16, 12)
+    reward = load_reward(None, "categories")
+    for record in train + test:
+        words = record["answer"]
+        assert len(set(words)) == len(words) >= 30
+        assert words == [word.lower() for word in words if word.isalpha()]
+        asked = record["prompt"]
+        assert reward([asked] * 4, [words[0], f"{words[-1].title()}.", "A " + words[0], "yes"],
+                      [record] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+
+
 def test_loading(tmp_path):
     file = tmp_path / "mine.jsonl"
     two = [{"role": "user", "content": "two"}]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqo import gram, log_det, marginal_gains, quality_weighted
+from dqo import gaussian, gram, log_det, marginal_gains, quality_weighted
 
 
 def unit(*shape, seed=0):
@@ -136,6 +136,31 @@ def test_quality_weighted_kernel():
     # The kernel itself pays for a lone right answer.
     lone = marginal_gains(quality_weighted(phi, torch.tensor([0.0, 0.0, 1.0, 0.0])))
     torch.testing.assert_close(lone[2].item(), math.log(2))
+
+
+def test_gaussian_kernel():
+    """L_ij is exp(-|phi_i - phi_j|^2 / 2), pair by pair; orthogonal ones are e^-1 alike."""
+    phi = unit(5, 4)
+    phi[3] = phi[0]
+    L = gram(gaussian(phi))
+    for i, j in itertools.product(range(5), range(5)):
+        by_hand = math.exp(-(phi[i] - phi[j]).square().sum().item() / 2)
+        assert abs(L[i, j].item() - by_hand) < 1e-12
+    groups = torch.stack([phi, unit(5, 4, seed=1)])
+    torch.testing.assert_close(gram(gaussian(groups))[0], L)
+
+    # Two orthogonal responses, by hand: M = [[2, 1/e], [1/e, 2]], and 2 without either.
+    g = marginal_gains(gaussian(torch.eye(2)))
+    both = math.log((4 - math.exp(-2)) / 2)
+    torch.testing.assert_close(g, torch.tensor([both, both]))
+
+
+def test_an_empty_text_spans_nothing_in_the_gaussian_kernel():
+    """Its vector is zero, to some encoders, and at the same distance from all others."""
+    phi = torch.cat([torch.zeros(2, 3), torch.eye(3)])
+    g = marginal_gains(gaussian(phi))
+    torch.testing.assert_close(g[:2], torch.zeros(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(g[2:], marginal_gains(gaussian(torch.eye(3))))
 
 
 def elementary_symmetric(values, j):

@@ -45,24 +45,24 @@ def responses(folder, encoder, split):
     return results, kept
 
 
-def cosines(encoder, kept):
-    """Of all pairs within the groups of N."""
+def cosines(encoder, kept, n=N):
+    """Of all pairs within the groups of n."""
     phi = embed(encoder, [x["response"] for x in kept])
-    upper = torch.ones(N, N).triu(1).bool()
-    return gram(phi.view(-1, N, phi.shape[1]))[:, upper].flatten()
+    upper = torch.ones(n, n).triu(1).bool()
+    return gram(phi.view(-1, n, phi.shape[1]))[:, upper].flatten()
 
 
-def as_different(encoder, second, kept):
+def as_different(encoder, second, kept, n=N):
     """The cosine below which the second encoder finds as many pairs as the first below 0.9."""
-    share = (cosines(encoder, kept) < 0.9).float().mean()
-    return cosines(second, kept).quantile(share).item()
+    share = (cosines(encoder, kept, n) < 0.9).float().mean()
+    return cosines(second, kept, n).quantile(share).item()
 
 
-def with_second(results, kept, second, same):
+def with_second(results, kept, second, same, n=N):
     """The results, each with a dict `second`: the semantic metrics under the second encoder."""
     by_task = {}
-    for i in range(0, len(kept), N):
-        group = kept[i:i + N]
+    for i in range(0, len(kept), n):
+        group = kept[i:i + n]
         phi = embed(second, [x["response"] for x in group])
         correct = [x["quality"] >= 1 for x in group]
         by_task.setdefault(group[0]["task"], []).append(dict(
