@@ -110,7 +110,7 @@ def gaussian(phi):
     there = phi.any(-1, keepdim=True).double()  # (..., k, 1) 0 for an empty text
     L = (gram(phi).double() - 1).exp() * gram(there)  # |phi_i - phi_j|^2 = 2 - 2 cos
     eigenvalues, vectors = torch.linalg.eigh(L)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]).to(phi.dtype)
+    return (there * vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]).to(phi.dtype)
 
 
 # ------------------------------------- advantages
@@ -123,14 +123,14 @@ def advantages(quality, bonus, baseline):
           nothing, and blows up tiny gains where all qualities are equal
 
     Why k - 1? Let v be log det(L + I), v_{-j} the same without response j, g_j = v - v_{-j},
-    and s_i = grad log pi(y_i). As E[s_i v_{-i}] = 0, s_i g_i is s_i v in expectation, and
+    and s_i = grad log pi(y_i). As E[s_i v_{-i}] = 0, in expectation s_i g_i is s_i v, and
 
         sum_i s_i (g_i - mean_j g_j)
             = sum_i s_i v (1 - 1/k) - 1/k sum_i sum_{j != i} s_i (v - v_{-j})
             = 1/k sum_j sum_{i != j} s_i v_{-j}               the terms with v cancel
-            = the gradient of E[volume of k - 1 responses]
+            = gradient of E[volume of k - 1 responses]
 
-    Likewise for the rewards. tests/test_gradient.py enumerates every group of a small policy.
+    Likewise for the rewards. tests/test_gradient.py enumerates all groups of a policy.
     """
     total = quality + bonus
     if baseline == "none":
@@ -178,10 +178,10 @@ OBJECTIVES = {}  # by name. data/objectives.py adds those of other papers
 def objective(alpha=1.0, highest_alpha=math.inf, embeds=True, smallest_group=(1, 2)):
     """Decorator: the function becomes an --objective under its own name.
 
-    It gets the qualities (P, k), phi (P, k, D), the log-probability of each token logp
-    (P, k, T), NaN behind a response's end, and alpha. It returns a bonus: (P, k), added to the
-    quality before the baseline, or (P, k, T or 1), added to each token's advantage after it. No
-    derivative flows through it.
+    It gets the qualities (P, k), phi (P, k, D) as the kernel has it, the log-probability of each
+    token logp (P, k, T), NaN behind a response's end, and alpha. It returns a bonus: (P, k),
+    added to the quality before the baseline, or (P, k, T or 1), added to each token's advantage
+    after it. No derivative flows through it.
 
     alpha, highest_alpha:  its strength by default, and at most
     embeds:                whether it looks at phi, which is None otherwise
@@ -307,9 +307,9 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     check("bonus", bonus + token_bonus.sum(-1))
     tick("gains_s")
 
-    # 4. The KL penalty is part of the reward: -beta * log(pi/pi_ref), detached, is the exact
-    # gradient of KL(pi || pi_ref). Each token answers for the log-ratios from it on, as what
-    # came before is no consequence of it: the same expectation, less variance if T is large.
+    # 4. The KL penalty is part of the reward: log(pi/pi_ref), detached, times grad log pi is the
+    # exact gradient of KL(pi || pi_ref). Each token answers for the log-ratios from it on, as
+    # what came before is no consequence of it: the same expectation, mostly less variance.
     # WARNING  The popular k3 estimator, differentiated as a loss, gives the gradient of
     # KL(pi_ref || pi) instead. Here k3 is only reported.
     penalty, kl = torch.zeros(P, k, 1), 0.0
@@ -326,8 +326,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     # 6. Move the weights of the model.
     metrics = update(model, optimizer, rollout, weight.to(model.device), config, memory, check)
     tick("update_s")
-    said = summary(rows, rollout, quality, bonus + token_bonus.sum(-1), penalty[..., 0], gain,
-                   advantage[..., 0])
+    bonus = bonus + token_bonus.sum(-1) / mask.sum(-1)
+    said = summary(rows, rollout, quality, bonus, penalty[..., 0], gain, weight[:, 0])
     return dict(said, log_det=volume, kl=kl, **metrics, **tick.seconds)
 
 
@@ -388,7 +388,7 @@ def update(model, optimizer, rollout, weight, config, memory, check):
             continue
         skipped, memory["skipped"] = skipped + 1, memory.get("skipped", 0) + 1
         if memory["skipped"] >= 3:
-            suspect = weight.abs().amax(1).argmax().item()  # the largest weight
+            suspect = weight.abs().amax(1).argmax().item()
             check("gradient", torch.tensor([norm]), [suspect])
     optimizer.zero_grad(set_to_none=True)  # frees the memory for the next rollout
     drift = (old - rollout.logp).abs().sum().item() / total
@@ -492,10 +492,10 @@ class Rollout:
 
 
 def prompt_ids(tokenizer, prompt, plain=False, template_args=None):
-    """Token ids of a prompt: a text, or chat messages; a last one of the assistant goes on.
+    """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
 
     Text goes through the chat template if there is one. A template writes its own start
-    token, so it must return ids: as text, a second one would be added.
+    token, so it returns ids: to tokenize its text would add a second one.
     """
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return prompt  # they are token ids already
@@ -662,8 +662,8 @@ def embed(encoder, texts, known=None):
     """Sentence embeddings of length 1, (B, D) float32 on the CPU.
 
     encoder:  anything with sentence-transformers' `.encode(list of str)`
-    known:    a dict that the caller keeps. Equal texts are encoded once, with it also from
-              call to call.
+    known:    a dict that the caller keeps. Equal texts are encoded once, with it also across
+              calls.
 
     Only the response is embedded: the prompt, common to a group, would make all k alike. A
     zero vector (an empty text, to some encoders) stays one: it spans and gains nothing.

@@ -36,8 +36,8 @@ def pairwise(quality, phi, logp, alpha):
     """The mean cosine distance to the others: alpha * mean_{j != i} (1 - L_ij).
 
     Deviation, Chung et al. 2025, in RL form: the exact marginal gain of
-    1/(k-1) * sum_{i<j} (1 - L_ij). Its expectation 1 - |E phi|^2 sees nothing but the mean: two
-    clusters e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, while
+    1/(k-1) * sum_{i<j} (1 - L_ij). The expected distance, 1 - |E phi|^2, sees nothing but the
+    mean: two clusters e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, while
     log det(L + I) is 2.197 against 2.631.
     """
     k = quality.shape[1]
@@ -105,18 +105,19 @@ def setpo(quality, phi, logp, alpha):
     L = gram(phi).masked_fill(nothing[:, :, None] | nothing[:, None, :], 1.0)  # (P, k, k)
     similar = L.sum(-1)                                                     # (P, k)
     diversity = -torch.log1p(similar / k).mean(-1, keepdim=True)            # (P, 1)
-    # To leave i out takes L_ij off the sum of every other j.
-    without = -torch.log1p((similar[:, None, :] - L) / (k - 1))             # (P, i, j)
-    of_others = (without.sum(-1) - without.diagonal(dim1=1, dim2=2)) / (k - 1)  # (P, k)
-    return alpha * (diversity - of_others)[:, :, None]                      # (P, k, 1)
+    # To leave i out takes L_ij off the sum of every j but i, whose logarithm is that of 1.
+    of_j = (similar[:, None, :] - L) * (1 - torch.eye(k)) / (k - 1)         # (P, i, j)
+    without = -torch.log1p(of_j).sum(-1) / (k - 1)                          # (P, k)
+    return alpha * (diversity - without)[:, :, None]                        # (P, k, 1)
 
 
 @objective(alpha=4.0, embeds=False, smallest_group=(2, 2))
 def passk(quality, phi, logp, alpha):
     """r becomes what a response does for pass@m, m = alpha, no encoder needed.
 
-    PKPO and Pass@k Training, 2025, with one response left out: a right one (reward 1) is worth
-    the probability that m - 1 others, drawn from the group, are all wrong; any other nothing.
+    PKPO and Pass@k Training, 2025: a right response (reward 1) is worth the probability that
+    m - 1 of the k - 1 others are all wrong; any other nothing. That is, without a baseline,
+    the gradient of pass@m times k / m.
     """
     k, m = quality.shape[1], int(alpha)
     right = quality >= 1                                                    # (P, k)
@@ -129,8 +130,8 @@ def passk(quality, phi, logp, alpha):
 def repexp(quality, phi, logp, alpha):
     """alpha * phi_i' (I + sum_j phi_j phi_j')^-1 phi_i: how far a response lies off the others.
 
-    RepExp, ICLR 2026. With vectors of length 1 it is exactly 1 - exp(-g_i): the same ranking
-    within a group as dqo, another scale.
+    RepExp, ICLR 2026; j = i included. It is exactly 1 - exp(-g_i): the same ranking within a
+    group as dqo, another scale.
     """
     return alpha * -torch.expm1(-marginal_gains(phi))                       # (P, k)
 

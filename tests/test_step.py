@@ -491,10 +491,10 @@ def test_how_much_each_term_decides_is_logged(model, tokenizer, objective):
     _, metrics = step(model, tokenizer, other, objective=objective, beta=0.5, alpha=0.7)
     rollout = rollout_of_step(model, tokenizer)
     bonus = (0.7 * column(metrics, "gain")).flatten().tolist()
-    if objective == "entropy":  # per token: here the sum over the response
+    if objective == "entropy":  # per token: the mean over the response
         logp = rollout.logp.view(P, K, -1).masked_fill(~rollout.mask.view(P, K, -1), math.nan)
         each = OBJECTIVES["entropy"](quality_of(rollout), None, logp, 0.7)
-        bonus = each.nansum(-1).flatten().tolist()
+        bonus = each.nanmean(-1).flatten().tolist()
     with torch.no_grad():
         ratio = (token_logps(model, rollout) - token_logps(other, rollout)).sum(1)
     terms = dict(
