@@ -107,10 +107,10 @@ def gaussian(phi):
     (..., k, D) -> (..., k, k). Orthogonal texts are 0.37 alike in it, so gains are smaller:
     alpha does not carry over.
     """
-    there = phi.any(-1, keepdim=True).double()  # (..., k, 1) 0 for an empty text
-    L = (gram(phi).double() - 1).exp() * gram(there)  # |phi_i - phi_j|^2 = 2 - 2 cos
+    L = (gram(phi).double() - 1).exp()  # |phi_i - phi_j|^2 = 2 - 2 cos
     eigenvalues, vectors = torch.linalg.eigh(L)
-    return (there * vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]).to(phi.dtype)
+    vectors = vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]
+    return vectors.to(phi.dtype) * phi.any(-1, keepdim=True)  # an empty text still spans nothing
 
 
 # ------------------------------------- advantages
@@ -233,8 +233,8 @@ class Config:
     steps: int | None = option(None, "optimizer steps [tiny: 640, else one pass]", low=1)
     epochs: int = option(1, "gradient steps per rollout; above 1 the ratio is clipped", low=1)
     clip: float = option(0.2, "clip range of the ratio, with --epochs > 1", low=0)
-    beta: float | None = option(None, "strength of the KL penalty [tiny: 0, else 0.05]", low=0)
-    lr: float | None = option(None, "learning rate of AdamW [tiny: 3e-4, else 1e-6]", low=0)
+    beta: float | None = option(None, "strength of the KL penalty [tiny: 0, else 0.02]", low=0)
+    lr: float | None = option(None, "learning rate of AdamW [tiny: 3e-4, else 5e-6]", low=0)
     micro_batch: int | None = option(None, "responses per backward pass, 0 = all "
                                            "[tiny: 32, else 16]", low=0)
     plain: bool = option(False, "do not wrap prompts in the tokenizer's chat template")

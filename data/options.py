@@ -12,8 +12,8 @@ from dqo import MINILM, OBJECTIVES, BadInput, Config, option
 # What data/tiny was tuned to, and what any other model gets: a real one needs a small learning
 # rate and a KL penalty to stay fluent. (The tiny one, whose rewards are strict, does not.)
 TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
-OTHER = dict(lr=1e-6, beta=0.05, max_new_tokens=256, micro_batch=16)
-ONE_WORD = dict(max_new_tokens=8, steps=48, micro_batch=64)  # --data categories
+OTHER = dict(lr=5e-6, beta=0.02, max_new_tokens=256, micro_batch=16)
+ONE_WORD = dict(lr=1e-5, max_new_tokens=8, steps=48, micro_batch=64)  # --data categories
 LORA_LR = 10  # times as large: what is trained starts at 0 and has a low rank
 MOST_STEPS = 1000  # by default; one pass over CNN/DailyMail would be 36,000
 

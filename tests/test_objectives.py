@@ -138,6 +138,9 @@ def test_setpo():
     whole = -(2 * math.log(5 / 3) + math.log(4 / 3)) / 3
     by_hand = [2 * (whole + math.log(1.5)), 2 * (whole + math.log(1.5)), 2 * (whole + math.log(2))]
     torch.testing.assert_close(added, [[x] for x in by_hand])  # of each response: per token
+    # Two opposites: D = -log 1, and -log 2 for either alone.
+    torch.testing.assert_close(bonus("setpo", [1.0, 1.0], [E1, -E1], alpha=1.0),
+                               [[math.log(2)]] * 2)
 
 
 def test_passk():

@@ -159,6 +159,7 @@ def test_an_empty_text_spans_nothing_in_the_gaussian_kernel():
     """Its vector is zero, to some encoders, and at the same distance from all others."""
     phi = torch.cat([torch.zeros(2, 3), torch.eye(3)])
     g = marginal_gains(gaussian(phi))
+    assert not gaussian(phi)[:2].any()
     torch.testing.assert_close(g[:2], torch.zeros(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(g[2:], marginal_gains(gaussian(torch.eye(3))))
 

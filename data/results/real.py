@@ -2,17 +2,17 @@
 
     python data/results/real.py base TASK      # the model before any training
     python data/results/real.py RUN            # runs/real/RUN, named TASK-OBJECTIVE-ALPHA-sSEED
-    python data/results/real.py --words        # runs/real/sentences.jsonl: the words of `sentences`
+    python data/results/real.py --prompts      # those of `sentences` and `times`, in runs/real
     python data/results/real.py --show         # tables and pictures from the CSVs that are there
 
 Each run adds its lines to the CSVs beside this file, which grow as the runs come in:
 
-    real.csv            quality and diversity on test prompts and on 16 training prompts
+    real.csv            quality and diversity on test prompts and on training prompts
     real_training.csv   quality, different texts, KL and the spread of each term, every 5 steps
     real_samples.csv    what it answers to the first three test prompts
 
-The metrics are eval.py's, each test prompt taken twice; fluency is the negative log-likelihood
-under the model before training, and the second encoder is the mean of that model's word vectors.
+The metrics are eval.py's; fluency is the negative log-likelihood under the model before training,
+and the second encoder is the mean of that model's word vectors.
 """
 
 import csv
@@ -40,6 +40,7 @@ RUNS = Path("runs/real")
 TASKS = {  # data, reward, responses per prompt, longest response
     "categories": ("categories", None, 16, 8),
     "sentences": (f"commongen:{RUNS / 'sentences.jsonl'}", None, 16, 24),
+    "times": (str(RUNS / "times.jsonl"), "instruct", 32, 6),
 }
 WHO = "dog cat girl boy man woman child teacher farmer fisherman chef player dancer bird horse"
 WHAT = "run jump sit sing eat play read climb throw carry watch wait sleep dance swim drive paint"
@@ -49,9 +50,11 @@ METRICS = ("distinct_correct", "effective_diversity", "utility", "self_bleu_dive
            "cosine_distance", "vendi", "log_det", "nll", "mean_tokens")
 SHOWN = dict(  # column: (title, digits)
     quality=("quality", 2), pass_at_4=("pass@4", 2), pass_at_16=("pass@16", 2),
-    distinct_correct=("distinct correct", 1), effective_diversity=("effective diversity", 2),
+    pass_at_32=("pass@32", 2), distinct_correct=("distinct correct", 1),
+    effective_diversity=("effective diversity", 2),
     second_effective_diversity=("the same, second encoder", 2), utility=("utility", 2),
     nll=("nll before training", 2))
+ORDER = ("base", "grpo", "dqo", "dqo_quality", "likelihood", "darling", "setpo", "passk")
 CURVE_OF = ("grpo", "dqo-1")  # the runs whose curves are drawn
 CURVES = ("quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
 
@@ -83,12 +86,12 @@ def word_vectors():
     return SentenceTransformer(modules=[static], device="cpu")
 
 
-def measured(folder, task, split, limit=0, times=1):
-    """(results, responses) of eval.py, each prompt taken so many times."""
+def measured(folder, task, split):
+    """(results, responses) of eval.py, on test prompts or the first 20 of training."""
     data, reward, n, longest = TASKS[task]
     reward = load_reward(reward, data)
     judges = Judges(load_encoder(), reward, load_model(str(RUNS / "base"))[0])
-    records = load_rows(data, split, limit) * times
+    records = load_rows(data, split, 20 if split == "train" else 0)
     kept = []
     policy = load_model(str(folder))
     return evaluate(folder.name, policy, judges, records, Sampling(n, longest), kept), kept
@@ -138,13 +141,25 @@ def word_sets():
     (RUNS / "sentences.jsonl").write_text("".join(rows), "utf-8")
 
 
-def by_name(rows, task):
+def times_tables():
+    """Products of 3 to 12, the answer begun: "7 * 8 =". Every fourth pair is kept for tests."""
+    rows = []
+    for i, (a, b) in enumerate(itertools.combinations_with_replacement(range(3, 13), 2)):
+        for x, y in {(a, b), (b, a)}:
+            asked = [dict(role="user", content=f"What is {x} * {y}?"),
+                     dict(role="assistant", content=f"{x} * {y} =")]
+            row = dict(prompt=asked, answer=[str(a * b)], split="train" if i % 4 else "test")
+            rows.append(json.dumps(row) + "\n")
+    (RUNS / "times.jsonl").write_text("".join(rows), "utf-8")
+
+
+def by_name(rows, task, split="test"):
     """{"dqo-1": its rows of real.csv or real_training.csv, of all seeds}."""
     found = {}
     for row in rows:
-        if row["run"].startswith(f"{task}-") and row.get("split", "test") == "test":
+        if row["run"].startswith(f"{task}-") and row.get("split", split) == split:
             found.setdefault(row["run"].removeprefix(f"{task}-").partition("-s")[0], []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: ORDER.index(item[0].partition("-")[0])))
 
 
 def title(name):
@@ -152,14 +167,18 @@ def title(name):
 
 
 def show():
-    """The tables, a task each."""
+    """The tables: of each task, prompts that were trained on and others."""
     rows = read("real.csv")
-    for task in dict.fromkeys(row["task"] for row in rows):
-        table = []
-        for name, seeds in by_name(rows, task).items():
-            cells = [mean_std([float(row[c]) for row in seeds], d) for c, (_, d) in SHOWN.items()]
+    for task, split in dict.fromkeys((row["task"], row["split"]) for row in rows):
+        table, names = [], dict(test="not trained on", train="trained on")
+        runs = by_name(rows, task, split)
+        columns = {c: about for c, about in SHOWN.items() if runs["base"][0][c]}
+        for name, seeds in runs.items():
+            cells = [mean_std([float(row[column]) for row in seeds], digits)
+                     for column, (_, digits) in columns.items()]
             table.append([title(name), *cells, str(len(seeds))])
-        markdown([task, *(title for title, _ in SHOWN.values()), "seeds"], table)
+        head = [f"{task}, {names[split]}", *(title for title, _ in columns.values()), "seeds"]
+        markdown(head, table)
 
 
 def draw(task="categories"):
@@ -198,10 +217,10 @@ def main(name, task=None):
     n, second = TASKS[task][2], word_vectors()
     same = different(task, second)
     rows = []
-    for split, limit, times in (("test", 0, 2), ("train", 16, 1)):
-        results, kept = measured(folder, task, split, limit, times)
+    for split in ("test", "train"):
+        results, kept = measured(folder, task, split)
         (result,) = with_second(results, kept, second, same, n)
-        rows.append([label, task, split, result["prompts"] // times, n, *row_of(result)])
+        rows.append([label, task, split, result["prompts"], n, *row_of(result)])
         if split == "test":
             samples = [[label, x["prompt"], x["response"], x["quality"]]
                        for i in range(3) for x in kept[i * n:i * n + 8]]
@@ -217,8 +236,9 @@ def main(name, task=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--words"]:
+    if sys.argv[1:] == ["--prompts"]:
         word_sets()
+        times_tables()
     elif sys.argv[1:] == ["--show"]:
         show()
         draw()

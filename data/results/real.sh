@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 RUNS=runs/real RESULTS=data/results
-FLAGS="--model smollm2 --k 8 --prompts 8 --lr 5e-6 --beta 0.02 --micro-batch 0 --save-every 20"
+FLAGS="--model smollm2 --k 8 --prompts 8 --lr 1e-5 --beta 0.02 --micro-batch 0 --save-every 20"
 
 # peak FILE COMMAND...: run it, and write its peak memory in KB to the file
 peak() {
@@ -31,8 +31,8 @@ export -f one peak
 two_at_a_time() { xargs -P 2 -L 1 bash -c 'one "$@"' one; }
 
 mkdir -p $RUNS
-[ -f $RUNS/sentences.jsonl ] || python $RESULTS/real.py --words
-for task in categories; do
+[ -f $RUNS/times.jsonl ] || python $RESULTS/real.py --prompts
+for task in categories times; do
   grep -qs "^$task-base," $RESULTS/real.csv || OMP_NUM_THREADS=2 python $RESULTS/real.py base $task
 done
 
@@ -43,18 +43,24 @@ jobs() {  # jobs TASK FLAGS: name and flags of the runs on standard input, as "O
 jobs categories $FLAGS --data categories --max-new-tokens 8 --steps 48 <<'LIST' | two_at_a_time
 grpo-s0 --objective grpo
 dqo-1-s0 --alpha 1
+LIST
+jobs times $FLAGS --data $RUNS/times.jsonl --reward instruct --max-new-tokens 6 --steps 48 <<'LIST' | two_at_a_time
+grpo-s0 --objective grpo
+dqo-1-s0 --alpha 1
+LIST
+jobs categories $FLAGS --data categories --max-new-tokens 8 --steps 48 <<'LIST' | two_at_a_time
 dqo_quality-3-s0 --kernel quality --alpha 3
 dqo-2-s0 --alpha 2
 grpo-s1 --objective grpo --seed 1
 dqo_quality-3-s1 --kernel quality --alpha 3 --seed 1
-likelihood-0.5-s0 --objective likelihood --alpha 0.5
-dqo-1-s1 --alpha 1 --seed 1
 grpo-s2 --objective grpo --seed 2
 dqo_quality-3-s2 --kernel quality --alpha 3 --seed 2
+likelihood-0.5-s0 --objective likelihood --alpha 0.5
 passk-4-s0 --objective passk --alpha 4
-dqo-1-s2 --alpha 1 --seed 2
 setpo-5-s0 --objective setpo --alpha 5
 darling-0.8-s0 --objective darling --alpha 0.8
 dqo_quality-5-s0 --kernel quality --alpha 5
 dqo-0.5-s0 --alpha 0.5
+dqo-1-s1 --alpha 1 --seed 1
+dqo-1-s2 --alpha 1 --seed 2
 LIST
