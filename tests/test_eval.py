@@ -304,6 +304,7 @@ def test_group_metrics_of_graded_scores():
     m = metrics.group_metrics(["a", "b", "c", "d"], [0.4, 0.8, 0.9, 1.0], EYE)
     assert m["pass_at"]["1"] == 0.25
     assert m["max_at"]["4"] == 1.0
+    assert m["utility"] == about(0.2 / 0.5904 * (0.4 + 0.8 * 0.8 + 0.64 * 0.9 + 0.512))
 
 
 def test_metrics_over_the_correct_responses_alone():

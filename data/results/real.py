@@ -55,7 +55,8 @@ SHOWN = dict(  # column: (title, digits)
     second_effective_diversity=("the same, second encoder", 2), utility=("utility", 2),
     nll=("nll before training", 2))
 ORDER = ("base", "grpo", "dqo", "dqo_quality", "likelihood", "darling", "setpo", "passk")
-CURVE_OF = ("grpo", "dqo-1")  # the runs whose curves are drawn
+CURVE_OF = ("grpo", "dqo-1", "dqo_quality-3")  # the runs whose curves are drawn
+KERNEL, OTHER = "#2ca02c", "#17becf"  # colours
 CURVES = ("quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
 
 
@@ -181,31 +182,35 @@ def show():
         markdown(head, table)
 
 
+def color_of(name):
+    objective = name.partition("-")[0]
+    return KERNEL if objective == "dqo_quality" else COLORS.get(objective, OTHER)
+
+
 def draw(task="categories"):
     """real.png: where the runs end, and how grpo and dqo get there."""
     figure, (plane, *curves) = panels(3, (13, 4))
-    for name, seeds in by_name(read("real.csv"), task).items():
-        color = COLORS.get(name.partition("-")[0].partition("_")[0], "#17becf")
+    for name, seeds in by_name(read("real.csv"), task, "train").items():
         at = [statistics.mean(float(row[c]) for row in seeds)
               for c in ("distinct_correct", "quality")]
-        plane.plot(*at, "s" if "_quality" in name else "o", color=color, ms=6)
-        plane.annotate(title(name), at, color=color, fontsize=7, xytext=(5, 3),
+        plane.plot(*at, "o", color=color_of(name), ms=6)
+        below = -11 if name == "dqo-1" else -3  # its label would be in the way of another
+        plane.annotate(title(name), at, color=color_of(name), fontsize=7.5, xytext=(6, below),
                        textcoords="offset points")
-    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", title=task)
+    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9),
+              ylim=(-0.03, 1.05), title="the categories that were trained on")
     runs = by_name(read("real_training.csv"), task)
-    for axes, column in zip(curves, ("quality", "distinct")):
+    titles = dict(quality="quality", distinct="share of different texts in a group")
+    for axes, (column, name_of_column) in zip(curves, titles.items()):
         ends = []
-        for name in CURVE_OF:
-            if name not in runs:
-                continue
-            color = COLORS[name.partition("-")[0]]
+        for name in filter(runs.get, CURVE_OF):
             steps = sorted({int(row["step"]) for row in runs[name]})
             means = [statistics.mean(float(row[column]) for row in runs[name]
                                      if int(row["step"]) == step) for step in steps]
-            axes.plot(steps, means, color=color, lw=1.2)
-            ends.append((means[-1], title(name), color))
+            axes.plot(steps, means, color=color_of(name), lw=1.4)
+            ends.append((means[-1], title(name), color_of(name)))
         label_ends(axes, ends, steps[-1], 0.06)
-        axes.set(xlabel="step", xlim=(0, steps[-1] * 1.3), ylim=(0, 1.03), title=column)
+        axes.set(xlabel="step", xlim=(0, 90), ylim=(0, 1.05), title=name_of_column)
     save(figure, "real.png")
 
 

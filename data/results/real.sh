@@ -59,6 +59,7 @@ likelihood-0.5-s0 --objective likelihood --alpha 0.5
 passk-4-s0 --objective passk --alpha 4
 setpo-5-s0 --objective setpo --alpha 5
 darling-0.8-s0 --objective darling --alpha 0.8
+dqo_quality-2-s0 --kernel quality --alpha 2
 dqo_quality-5-s0 --kernel quality --alpha 5
 dqo-0.5-s0 --alpha 0.5
 dqo-1-s1 --alpha 1 --seed 1
