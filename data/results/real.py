@@ -160,7 +160,12 @@ def by_name(rows, task, split="test"):
     for row in rows:
         if row["run"].startswith(f"{task}-") and row.get("split", split) == split:
             found.setdefault(row["run"].removeprefix(f"{task}-").partition("-s")[0], []).append(row)
-    return dict(sorted(found.items(), key=lambda item: ORDER.index(item[0].partition("-")[0])))
+
+    def place(name):
+        objective, _, alpha = name.partition("-")
+        return ORDER.index(objective), float(alpha or 0)
+
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
 def title(name):
@@ -194,11 +199,12 @@ def draw(task="categories"):
         at = [statistics.mean(float(row[c]) for row in seeds)
               for c in ("distinct_correct", "quality")]
         plane.plot(*at, "o", color=color_of(name), ms=6)
-        below = -11 if name == "dqo-1" else -3  # its label would be in the way of another
-        plane.annotate(title(name), at, color=color_of(name), fontsize=7.5, xytext=(6, below),
+        # Points to the right and up, of labels that would otherwise overlap others.
+        offset = {"dqo-1": (6, -11), "dqo_quality-2": (0, 9)}.get(name, (6, -3))
+        plane.annotate(title(name), at, color=color_of(name), fontsize=7.5, xytext=offset,
                        textcoords="offset points")
     plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9),
-              ylim=(-0.03, 1.05), title="the categories that were trained on")
+              ylim=(-0.03, 1.1), title="the categories that were trained on")
     runs = by_name(read("real_training.csv"), task)
     titles = dict(quality="quality", distinct="share of different texts in a group")
     for axes, (column, name_of_column) in zip(curves, titles.items()):
