@@ -855,7 +855,7 @@ def test_a_folder_that_is_called_tiny_is_any_model(tmp_path, monkeypatch):
 def test_one_word_answers_of_a_real_model_are_short():
     """So that the first run with one takes minutes; other data keep the usual length."""
     for data, length, steps in (("categories", 8, 48), ("gsm8k", 256, 2)):
-        config = runs.RunConfig(model="smollm2", data=data)
+        config = runs.RunConfig(model="gpt2", data=data)
         options.fill_defaults(config, 16)
         assert (config.max_new_tokens, config.steps) == (length, steps)
 
