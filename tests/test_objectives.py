@@ -53,6 +53,8 @@ def test_published_strengths():
                      setpo=5.0, passk=4.0, repexp=1.0)
     assert {name: Config(objective=name).alpha for name in published} == published
     assert Config(objective="likelihood", alpha=0.0).alpha == 0.0
+    spared = {name for name in published if not OBJECTIVES[name].embeds}  # the encoder
+    assert spared == {"likelihood", "entropy", "passk"}
 
 
 def test_dqo_and_grpo():
