@@ -26,7 +26,14 @@ import torch
 from tqdm import tqdm
 
 from data import lora, options, pictures, report, runs, terminal
-from data.models import halve, json_object, load_encoder, load_model, memory_hint
+from data.models import (
+    checkpoint_activations,
+    halve,
+    json_object,
+    load_encoder,
+    load_model,
+    memory_hint,
+)
 from data.objectives import load_objective
 from data.options import RunConfig
 from data.prompts import load_rows, prepare
@@ -210,9 +217,8 @@ def trained(config, model):
 
 
 def optimizer_of(model, config):
-    if config.gradient_checkpointing:  # transformers before 5.20 has the old name only
-        new_name = getattr(model, "activation_checkpointing_enable", None)
-        (new_name or model.gradient_checkpointing_enable)()
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     parameters = [p for p in model.parameters() if p.requires_grad]  # with --lora a few
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
 

@@ -208,6 +208,12 @@ def without_quantization(model):
         None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
 
 
+def checkpoint_activations(model):
+    """Gradient checkpointing; transformers before 5.20 has the old name only."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)()
+
+
 def halve(model):
     """Frozen linear layers in bf16, where autocast would cast them anew at every token: half the
     memory and the same bits. A weight that is the embedding's too stays: that is not cast."""

@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
 import dqo
-from data.models import ROOT, default_device, load_encoder, load_model
+from data.models import ROOT, checkpoint_activations, default_device, load_encoder, load_model
 from data.prompts import load_rows
 
 INSTALL = __doc__.partition("--trl-python:\n\n")[2].strip().replace(" \\\n       ", "")
@@ -405,8 +405,7 @@ def serve_update(wait, answer, spec):
     B, N, T, device = spec.B, spec.N, spec.T, spec.device
     model, _ = make_model(spec.model, device)
     if spec.checkpointing:
-        new_name = getattr(model, "activation_checkpointing_enable", None)
-        (new_name or model.gradient_checkpointing_enable)()
+        checkpoint_activations(model)
     rollout = random_rollout(torch.randint(100, (B, N + T), device=device), N)
     with_gradients(model)
     model.train()

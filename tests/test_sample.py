@@ -120,8 +120,7 @@ def test_gradient_checkpointing_does_not_touch_sampling(model, tokenizer):
     """In train mode it would drop the cache; the model is left in eval mode."""
     torch.manual_seed(0)
     plain = sample(model, tokenizer, PROMPTS, 4, 12)
-    new_name = getattr(model, "activation_checkpointing_enable", None)
-    (new_name or model.gradient_checkpointing_enable)()
+    models.checkpoint_activations(model)
     model.train()
     torch.manual_seed(0)
     again = sample(model, tokenizer, PROMPTS, 4, 12)

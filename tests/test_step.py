@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import bench
 import data.objectives  # noqa: F401  makes the objectives beside dqo and grpo known
+from data.models import checkpoint_activations
 from data.options import RunConfig
 from conftest import random_llama
 from dqo import (
@@ -258,10 +259,7 @@ def test_gradient_checkpointing_changes_nothing(model, tokenizer, forwards):
     assert response[0] == P * K
 
     forwards.clear()
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     again, metrics = step(model, tokenizer)
     both = (P * K, prompt[1] + response[1])
     assert forwards == [both] * 2 * layers, "each layer's forward should have run once more"
