@@ -117,6 +117,32 @@ def test_files(task):
     assert {r["task"] for r in train + test} == {task}
 
 
+def test_hard_categories():
+    """instruct tests 8 categories that training asks for with one or two other verbs only."""
+    def asked(split):
+        found = {}
+        for row in load_rows("instruct", split):
+            verb, _, category = row["prompt"].partition(" ")
+            found.setdefault(category, set()).add(verb)
+        return found
+
+    train, test = asked("train"), asked("test")
+    assert len(train) == 24 and len(test) == 8
+    for category, verbs in train.items():
+        tested = test.get(category, set())
+        assert not verbs & tested
+        assert (len(verbs), len(tested)) in [(6, 0), (1, 3), (2, 3)]
+    assert {len(train[category]) for category in test} == {1, 2}
+
+
+def test_targets_that_training_never_shows():
+    train, test = ({row["answer"] for row in load_rows("reason", split)}
+                   for split in ("train", "test"))
+    assert len(train) == 20 and len(test) == 10 and not train & test
+    first = load_rows("reason", "test", limit=10)  # a short table has them all
+    assert {row["answer"] for row in first} == test
+
+
 def test_categories():
     """Each asks for one word and has at least 30; none of the tested ones is trained."""
     train, test = load_rows("categories", "train"), load_rows("categories", "test")

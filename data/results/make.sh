@@ -14,9 +14,26 @@ export -f one
 two_at_a_time() { xargs -P 2 -L 1 bash -c 'one "$@"' one; }
 
 mkdir -p $RUNS
-python data/results/measure.py data/tiny  # the base, and from its states a second encoder, which is $RUNS/base-encoder
+# The base, sampled three times, and from its states a second encoder, which is $RUNS/base-encoder.
+python data/results/measure.py data/tiny
 
-# 1. Reward hacking: rewards that can be bought with what follows a right start, and a strength that is too large.
+jobs() {  # jobs SEED: grpo with and without std, and the objectives and strengths on standard input
+  echo "grpo-s$1 --objective grpo --seed $1"
+  echo "grpo_std-s$1 --objective grpo --baseline std --seed $1"
+  while read -r objective alpha; do
+    flags=${objective/dqo_quality/dqo --kernel quality}
+    echo "$objective-$alpha-s$1 --objective $flags --alpha $alpha --seed $1"
+  done
+}
+
+# 1. Every objective at three strengths, seed 0. The strength is chosen on the training prompts.
+python data/results/tables.py --tried | jobs 0 | two_at_a_time
+
+# 2. The chosen ones at two more seeds.
+python data/results/tables.py --chosen > $RUNS/chosen
+for seed in 1 2; do jobs $seed < $RUNS/chosen; done | two_at_a_time
+
+# 3. Reward hacking: rewards that can be bought with what follows a right start, and a strength that is too large.
 two_at_a_time <<'JOBS'
 lax-grpo --data instruct,reason --steps 320 --reward data/results/lax.py:right_start --objective grpo
 lax-dqo --data instruct,reason --steps 320 --reward data/results/lax.py:right_start
@@ -28,25 +45,10 @@ large-kernel --data instruct,reason --steps 320 --alpha 5 --kernel quality
 large-beta --data instruct,reason --steps 320 --alpha 5 --beta 0.1
 JOBS
 
-jobs() {  # jobs SEED: grpo with and without std, and the objectives and strengths on standard input
-  echo "grpo-s$1 --objective grpo --seed $1"
-  echo "grpo_std-s$1 --objective grpo --baseline std --seed $1"
-  while read -r objective alpha; do
-    echo "$objective-$alpha-s$1 --objective $objective --alpha $alpha --seed $1"
-  done
-}
-
-# 2. Every objective at three strengths, seed 0. The strength is chosen on the training prompts.
-python data/results/tables.py --tried | jobs 0 | two_at_a_time
-
-# 3. The chosen ones at two more seeds.
-python data/results/tables.py --chosen > $RUNS/chosen
-for seed in 1 2; do jobs $seed < $RUNS/chosen; done | two_at_a_time
-
 # 4. Ablations of dqo, alpha = 1 unless said.
 for seed in 0 1 2; do
   echo "dqo-1-s$seed --seed $seed"
-  echo "kernel_quality-s$seed --kernel quality --seed $seed"
+  echo "dqo_quality-1-s$seed --kernel quality --seed $seed"
   echo "encoder_base-s$seed --encoder $RUNS/base-encoder --seed $seed"
   echo "k4-s$seed --k 4 --prompts 16 --seed $seed"
   echo "baseline_none-s$seed --baseline none --seed $seed"

@@ -1,6 +1,6 @@
 """measure.py MODEL_FOLDER: samples 16 responses for each test prompt and for 32 training prompts of
 each task, measures them with the encoder that is trained on and with a second one, and writes
-runs/compare/base.json or RUN/measured.json.
+RUN/measured.json; for the base, data/tiny, runs/compare/base-s0.json to base-s2.json, sampled anew.
 
 The second encoder shares nothing with the first: the states of the base model's last layer,
 averaged over the tokens. Nearly all of its cosines are above 0.9, so "different" begins where as
@@ -36,12 +36,12 @@ def base_encoder():
     return load_encoder(str(folder))
 
 
-def responses(folder, encoder, split):
+def responses(folder, encoder, split, seed):
     """(eval.py's results on one split, the responses that they are about)."""
     kept = []
     judges = Judges(encoder, load_reward(None, DATA))
     records = load_rows(DATA, split, 32)
-    results = evaluate(folder, load_model(folder), judges, records, Sampling(N, 24), kept)
+    results = evaluate(folder, load_model(folder), judges, records, Sampling(N, 24, seed=seed), kept)
     return results, kept
 
 
@@ -74,23 +74,29 @@ def with_second(results, kept, second, same, n=N):
     return [dict(r, second=mean_and_se(by_task[r["task"]])[0]) for r in results]
 
 
-def main(folder):
-    base = RUNS / "base.json"
-    path = base if folder == "data/tiny" else Path(folder) / "measured.json"
+def measure(folder, path, seed=0):
+    """Writes what was measured of a model to `path`, unless it is there."""
     if path.exists():
         return
-    encoder, second = load_encoder(), base_encoder()
-    test, train = (responses(folder, encoder, split) for split in ("test", "train"))
-    if path == base:
+    encoder, second, first = load_encoder(), base_encoder(), RUNS / "base-s0.json"
+    test, train = (responses(folder, encoder, split, seed) for split in ("test", "train"))
+    if path == first:
         same = as_different(encoder, second, test[1])
     else:
-        same = json.loads(base.read_text("utf-8"))["same"]
+        same = json.loads(first.read_text("utf-8"))["same"]
     result = dict(
         test=with_second(*test, second, same),
         train=with_second(*train, second, same),
         same=same,
     )
     write_whole(path, json.dumps(result, indent=1))
+
+
+def main(folder):
+    if folder != "data/tiny":
+        return measure(folder, Path(folder) / "measured.json")
+    for seed in range(3):
+        measure(folder, RUNS / f"base-s{seed}.json", seed)
 
 
 if __name__ == "__main__":

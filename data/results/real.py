@@ -2,7 +2,7 @@
 
     python data/results/real.py base TASK      # the model before any training
     python data/results/real.py RUN            # runs/real/RUN, named TASK-OBJECTIVE-ALPHA-sSEED
-    python data/results/real.py --prompts      # those of `times`, in runs/real
+    python data/results/real.py --prompts      # those of `times` and `capitals`, in runs/real
     python data/results/real.py --show         # tables and pictures from the CSVs that are there
 
 Each run adds its lines to the CSVs beside this file, which grow as the runs come in:
@@ -50,6 +50,7 @@ RUNS = Path("runs/real")
 TASKS = {  # data, reward, responses per prompt, longest response
     "categories": ("categories", None, 16, 8),
     "times": (str(RUNS / "times.jsonl"), "instruct", 32, 6),
+    "capitals": (str(RUNS / "capitals.jsonl"), "instruct", 32, 6),
 }
 PASS_AT = (1, 2, 4, 8, 16, 32)
 METRICS = ("distinct_correct", "effective_diversity", "utility", "self_bleu_diversity",
@@ -117,16 +118,53 @@ def of_training(folder):
     return sum(step["step_s"] for step in steps), int(memory) / 2 ** 20, curve
 
 
+def write_prompts(task, rows):
+    """rows: (question, how the answer begins, what ends it, whether it is a test)"""
+    lines = []
+    for question, begin, answer, test in rows:
+        asked = [dict(role="user", content=question), dict(role="assistant", content=begin)]
+        row = dict(prompt=asked, answer=[answer], split="test" if test else "train")
+        lines.append(json.dumps(row) + "\n")
+    (RUNS / f"{task}.jsonl").write_text("".join(lines), "utf-8")
+
+
 def times_tables():
-    """Products of 3 to 12, the answer begun: "7 * 8 =". Every fourth pair is kept for tests."""
-    rows = []
+    """Products of 3 to 12: "7 * 8 =". Every fourth pair is kept for tests."""
     for i, (a, b) in enumerate(itertools.combinations_with_replacement(range(3, 13), 2)):
         for x, y in {(a, b), (b, a)}:
-            asked = [dict(role="user", content=f"What is {x} * {y}?"),
-                     dict(role="assistant", content=f"{x} * {y} =")]
-            row = dict(prompt=asked, answer=[str(a * b)], split="train" if i % 4 else "test")
-            rows.append(json.dumps(row) + "\n")
-    (RUNS / "times.jsonl").write_text("".join(rows), "utf-8")
+            yield f"What is {x} * {y}?", f"{x} * {y} =", str(a * b), i % 4 == 0
+
+
+CAPITALS = """\
+afghanistan: kabul, albania: tirana, algeria: algiers, angola: luanda, argentina: buenos aires,
+armenia: yerevan, australia: canberra, austria: vienna, azerbaijan: baku, bangladesh: dhaka,
+belarus: minsk, belgium: brussels, bolivia: sucre, botswana: gaborone, brazil: brasilia, bulgaria:
+sofia, cambodia: phnom penh, cameroon: yaounde, canada: ottawa, chile: santiago, china: beijing,
+colombia: bogota, croatia: zagreb, cuba: havana, cyprus: nicosia, denmark: copenhagen, ecuador:
+quito, egypt: cairo, estonia: tallinn, ethiopia: addis ababa, finland: helsinki, france: paris,
+georgia: tbilisi, germany: berlin, ghana: accra, greece: athens, hungary: budapest, iceland:
+reykjavik, india: new delhi, indonesia: jakarta, iran: tehran, iraq: baghdad, ireland: dublin,
+israel: jerusalem, italy: rome, jamaica: kingston, japan: tokyo, jordan: amman, kenya: nairobi,
+laos: vientiane, latvia: riga, lebanon: beirut, libya: tripoli, lithuania: vilnius, madagascar:
+antananarivo, malaysia: kuala lumpur, mali: bamako, malta: valletta, mexico: mexico city,
+mongolia: ulaanbaatar, morocco: rabat, mozambique: maputo, namibia: windhoek, nepal: kathmandu,
+new zealand: wellington, nigeria: abuja, norway: oslo, oman: muscat, pakistan: islamabad,
+paraguay: asuncion, peru: lima, poland: warsaw, portugal: lisbon, qatar: doha, romania: bucharest,
+russia: moscow, rwanda: kigali, saudi arabia: riyadh, senegal: dakar, serbia: belgrade, slovakia:
+bratislava, slovenia: ljubljana, somalia: mogadishu, south korea: seoul, spain: madrid, sudan:
+khartoum, sweden: stockholm, syria: damascus, thailand: bangkok, tunisia: tunis, turkey: ankara,
+uganda: kampala, ukraine: kyiv, uruguay: montevideo, venezuela: caracas, vietnam: hanoi, yemen:
+sanaa, zambia: lusaka, zimbabwe: harare
+"""
+
+
+def capitals():
+    """"The capital of Peru is": every third country is kept for tests."""
+    for i, pair in enumerate(CAPITALS.replace("\n", " ").strip().split(", ")):
+        country, capital = pair.split(": ")
+        country = country.title()
+        begin = f"The capital of {country} is"
+        yield f"What is the capital of {country}?", begin, capital, i % 3 == 0
 
 
 def by_name(rows, task, split="test"):
@@ -227,7 +265,8 @@ def main(name, task=None):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--prompts"]:
-        times_tables()
+        write_prompts("times", times_tables())
+        write_prompts("capitals", capitals())
     elif sys.argv[1:] == ["--show"]:
         show()
         draw()

@@ -26,6 +26,10 @@ STRENGTHS = dict(
     entropy=(0.01, 0.03, 0.1),
     darling=(0.7, 0.8, 0.9),
     dra=(0.5, 1, 2),
+    setpo=(2, 5, 10),
+    passk=(2, 4, 6),
+    repexp=(1, 2, 4),
+    dqo_quality=(1, 2, 4),  # dqo --kernel quality
 )
 ABLATIONS = {  # setting: name of its runs, without the seed
     "dqo, alpha = 1": "dqo-1",
@@ -35,7 +39,7 @@ ABLATIONS = {  # setting: name of its runs, without the seed
     "k = 4, 16 prompts": "k4",
     "baseline none": "baseline_none",
     "baseline std": "baseline_std",
-    "kernel quality": "kernel_quality",
+    "kernel quality": "dqo_quality-1",
     "encoder: base model's states": "encoder_base",
 }
 HACKS = {  # name of a run: what it is
@@ -122,7 +126,7 @@ def write_comparison(best):
     names = {("grpo", ""): "grpo", ("grpo_std", ""): "grpo_std"}  # of runs, without the seed
     for objective, alpha in [*best.items(), *(("dqo", alpha) for alpha in STRENGTHS["dqo"])]:
         names[objective, alpha] = f"{objective}-{alpha}"
-    runs = {("base", "", ""): tasks_of(RUNS / "base.json")}
+    runs = {("base", "", seed): tasks_of(RUNS / f"base-s{seed}.json") for seed in SEEDS}
     for who, name in names.items():
         for seed in SEEDS:
             runs[(*who, seed)] = of_run(f"{name}-s{seed}")
@@ -243,6 +247,7 @@ def rounded(row, digits):
 
 BASE, GRPO = ("base", ""), ("grpo", "")
 DQO = [("dqo", str(alpha)) for alpha in STRENGTHS["dqo"]]
+IN_PASS = ("likelihood", "passk", "dqo_quality")  # beside base, grpo and dqo
 
 
 def everybody():
@@ -257,7 +262,8 @@ def everybody():
 
 def label(who):
     objective, alpha = who
-    name = {"grpo_std": "grpo, `--baseline std`"}.get(objective, objective)
+    name = {"grpo_std": "grpo, `--baseline std`", "dqo_quality": "dqo, `--kernel quality`"}
+    name = name.get(objective, objective)
     return f"{name}, α = {alpha}" if alpha else name
 
 
@@ -370,6 +376,10 @@ COLORS = dict(
     entropy="#e377c2",
     darling="#9467bd",
     dra="#ff7f0e",
+    setpo="#17becf",
+    passk="#bcbd22",
+    repexp="#7f7f7f",
+    dqo_quality="#08306b",
 )
 
 
@@ -463,20 +473,21 @@ def draw_plane():
 
 
 def draw_pass():
-    """pass.png: pass@n of everybody."""
+    """pass.png: pass@n, with its standard deviation over seeds (of the base: over samplings)."""
     rows, sizes = read("comparison.csv"), (1, 2, 4, 8, 16)
-    others = [who for who in everybody() if who[0] != "dqo"]
-    figure, both = panels(2, (11, 4.2))
-    titles = {"average": "mean over the tasks", "reason": "reason"}
-    for axes, (task, title) in zip(both, titles.items()):
+    shown = [BASE, GRPO, ("dqo", "1"), *(who for who in everybody() if who[0] in IN_PASS)]
+    figure, all_axes = panels(3, (13, 4.4))
+    for axes, task in zip(all_axes, ("instruct", "reason", "average")):
         ends = []
-        for who in [BASE, *others, ("dqo", "1")]:
+        for who in shown:
             color = COLORS[who[0]]
-            ys = [mean_of(rows, who, f"pass_at_{n}", task) for n in sizes]
-            axes.plot(sizes, ys, "o-", color=color, ms=3, lw=1)
-            ends.append((ys[0], who[0].replace("_", ", "), color))
-        label_ends(axes, ends, 0.95, 0.026, ha="right")
-        axes.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.55, 18))
+            columns = [of(rows, who, f"pass_at_{n}", task) for n in sizes]
+            ys, spread = ([f(x) for x in columns] for f in (statistics.mean, statistics.stdev))
+            axes.errorbar(sizes, ys, yerr=spread, fmt="o-", color=color, ms=3, lw=1.2, capsize=2)
+            ends.append((ys[-1], who[0].replace("dqo_quality", "dqo, quality"), color))
+        label_ends(axes, ends, 17, 0.045 * height(axes))
+        title = "mean over the four tasks" if task == "average" else task
+        axes.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.9, 45))
         axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
     save(figure, "pass.png")
