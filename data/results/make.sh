@@ -29,8 +29,9 @@ jobs() {  # jobs SEED: grpo with and without std, and the objectives and strengt
 # 1. Every objective at three strengths, seed 0. The strength is chosen on the training prompts.
 python data/results/tables.py --tried | jobs 0 | two_at_a_time
 
-# 2. The chosen ones at two more seeds.
-python data/results/tables.py --chosen > $RUNS/chosen
+# 2. The chosen ones, and dqo at every strength, at two more seeds.
+{ python data/results/tables.py --chosen; python data/results/tables.py --tried | grep "^dqo "; } |
+  sort -u > $RUNS/chosen
 for seed in 1 2; do jobs $seed < $RUNS/chosen; done | two_at_a_time
 
 # 3. Reward hacking: rewards that can be bought with what follows a right start, and a strength that is too large.
@@ -45,17 +46,13 @@ large-kernel --data instruct,reason --steps 320 --alpha 5 --kernel quality
 large-beta --data instruct,reason --steps 320 --alpha 5 --beta 0.1
 JOBS
 
-# 4. Ablations of dqo, alpha = 1 unless said.
-for seed in 0 1 2; do
-  echo "dqo-1-s$seed --seed $seed"
-  echo "dqo_quality-1-s$seed --kernel quality --seed $seed"
-  echo "encoder_base-s$seed --encoder $RUNS/base-encoder --seed $seed"
-  echo "k4-s$seed --k 4 --prompts 16 --seed $seed"
-  echo "baseline_none-s$seed --baseline none --seed $seed"
-  echo "baseline_std-s$seed --baseline std --seed $seed"
-  echo "dqo-0.5-s$seed --alpha 0.5 --seed $seed"
-  echo "dqo-2-s$seed --alpha 2 --seed $seed"
-done | two_at_a_time
+# 4. Ablations of dqo, alpha = 1, at seed 0.
+two_at_a_time <<JOBS
+encoder_base-s0 --encoder $RUNS/base-encoder
+k4-s0 --k 4 --prompts 16
+baseline_none-s0 --baseline none
+baseline_std-s0 --baseline std
+JOBS
 
 python data/results/cities.py
 python data/results/tables.py

@@ -10,6 +10,7 @@ Each run adds its lines to the CSVs beside this file, which grow as the runs com
     real.csv            quality and diversity on test prompts and on training prompts
     real_training.csv   quality, different texts, KL and the spread of each term, every 5 steps
     real_samples.csv    what it answers to the first three test prompts
+    real_pass.csv       pass@n with its standard error over the prompts, of `capitals`
 
 The metrics are eval.py's; fluency is the negative log-likelihood under the model before training,
 and the second encoder is the mean of that model's word vectors.
@@ -232,6 +233,27 @@ def draw(task="categories"):
     save(figure, "real.png")
 
 
+def draw_pass():
+    """real_pass.png: pass@n of `capitals`, with the standard error over the prompts."""
+    figure, both = panels(2, (10, 4.2))
+    titles = dict(test="countries that were not trained on", train="countries that were trained on")
+    for axes, (split, about) in zip(both, titles.items()):
+        ends = []
+        for name, rows in by_name(read("real_pass.csv"), "capitals", split).items():
+            of_n = {n: [row for row in rows if row["n"] == str(n)] for n in PASS_AT}
+            ys = [statistics.mean(float(row["pass_at"]) for row in of_n[n]) for n in PASS_AT]
+            spread = [statistics.mean(float(row["se"]) for row in of_n[n]) for n in PASS_AT]
+            axes.errorbar(PASS_AT, ys, yerr=spread, fmt="o-", color=color_of(name), ms=3, lw=1.2,
+                          capsize=2)
+            ends.append((ys[-1], title(name), color_of(name)))
+        label_ends(axes, ends, 34, 0.05)
+        axes.set(xlabel="n", ylabel="pass@n", title=about, xscale="log", xlim=(0.9, 150))
+        axes.set_ylim(0, 1.05)
+        axes.set_xticks(PASS_AT, PASS_AT)
+        axes.minorticks_off()
+    save(figure, "real_pass.png")
+
+
 def main(name, task=None):
     is_base, task = name == "base", task or name.partition("-")[0]
     label = f"{task}-base" if is_base else name
@@ -249,6 +271,10 @@ def main(name, task=None):
         same = float(as_same.read_text())
         (result,) = with_second(results, kept, second, same, n)
         rows.append([label, task, split, result["prompts"], n, *row_of(result)])
+        if task == "capitals":
+            columns = zip(result["pass_at"].items(), result["se"]["pass_at"].values())
+            passed = [[label, split, m, f"{x:.4f}", f"{se:.4f}"] for (m, x), se in columns]
+            add("real_pass.csv", ["run", "split", "n", "pass_at", "se"], passed)
         if split == "test":
             samples = [[label, x["prompt"], x["response"], x["quality"]]
                        for i in range(3) for x in kept[i * n:i * n + 8]]
@@ -270,5 +296,6 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["--show"]:
         show()
         draw()
+        draw_pass()
     else:
         main(*sys.argv[1:])

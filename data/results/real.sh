@@ -31,8 +31,8 @@ export -f one peak
 two_at_a_time() { xargs -P 2 -L 1 bash -c 'one "$@"' one; }
 
 mkdir -p $RUNS
-[ -f $RUNS/times.jsonl ] || python $RESULTS/real.py --prompts
-for task in categories times; do
+[ -f $RUNS/capitals.jsonl ] || python $RESULTS/real.py --prompts
+for task in categories times capitals; do
   grep -qs "^$task-base," $RESULTS/real.csv || OMP_NUM_THREADS=2 python $RESULTS/real.py base $task
 done
 
@@ -62,4 +62,15 @@ LIST
 jobs times $FLAGS --data $RUNS/times.jsonl --reward instruct --max-new-tokens 6 --steps 48 <<'LIST' | two_at_a_time
 grpo-s0 --objective grpo
 dqo-1-s0 --alpha 1
+LIST
+jobs capitals $FLAGS --data $RUNS/capitals.jsonl --reward instruct --max-new-tokens 6 --steps 48 <<'LIST' | two_at_a_time
+grpo-s0 --objective grpo
+dqo-1-s0 --alpha 1
+dqo_quality-3-s0 --kernel quality --alpha 3
+grpo-s1 --objective grpo --seed 1
+dqo-1-s1 --alpha 1 --seed 1
+dqo_quality-3-s1 --kernel quality --alpha 3 --seed 1
+grpo-s2 --objective grpo --seed 2
+dqo-1-s2 --alpha 1 --seed 2
+dqo_quality-3-s2 --kernel quality --alpha 3 --seed 2
 LIST

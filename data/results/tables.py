@@ -110,16 +110,26 @@ def write(name, header, rows):
         out.writerows(rows)
 
 
+def bonus_to_quality(name):
+    """How large the bonus is beside the reward: their standard deviations within a group, each
+    averaged over the steps of a run, divided."""
+    steps = history(RUNS / name)
+    bonus, quality = (statistics.mean(m[c] for m in steps) for c in ("bonus_std", "quality_std"))
+    return bonus / quality
+
+
 def write_strengths(best):
     columns, rows = ("quality", "distinct_correct", "effective_diversity"), []
     for objective, strengths in STRENGTHS.items():
         for alpha in strengths:
-            is_chosen = "yes" if best[objective] == alpha else ""
+            name, is_chosen = f"{objective}-{alpha}-s0", "yes" if best[objective] == alpha else ""
             for split in ("train", "test"):
-                mean = of_run(f"{objective}-{alpha}-s0", split)["average"]
+                mean = of_run(name, split)["average"]
                 numbers = [f"{mean[column]:.4f}" for column in columns]
+                numbers.append(f"{bonus_to_quality(name):.4f}")
                 rows.append([objective, alpha, split, *numbers, is_chosen])
-    write("strengths.csv", ["objective", "alpha", "split", *columns, "chosen"], rows)
+    header = ["objective", "alpha", "split", *columns, "bonus_to_quality", "chosen"]
+    write("strengths.csv", header, rows)
 
 
 def write_comparison(best):
@@ -129,7 +139,8 @@ def write_comparison(best):
     runs = {("base", "", seed): tasks_of(RUNS / f"base-s{seed}.json") for seed in SEEDS}
     for who, name in names.items():
         for seed in SEEDS:
-            runs[(*who, seed)] = of_run(f"{name}-s{seed}")
+            if (RUNS / f"{name}-s{seed}" / "measured.json").exists():
+                runs[(*who, seed)] = of_run(f"{name}-s{seed}")
     rows = []
     for key, tasks in runs.items():
         rows += [[*key, task, *all_columns(result)] for task, result in tasks.items()]
@@ -341,11 +352,11 @@ def show_ablations():
 
 
 def show_strengths():
-    digits = dict(quality=2, distinct_correct=1, effective_diversity=2)
-    table = [[r["objective"], r["alpha"], *rounded(r, digits), r["chosen"]]
+    digits = dict(quality=2, distinct_correct=1, effective_diversity=2, bonus_to_quality=2)
+    table = [[label((r["objective"], "")), r["alpha"], *rounded(r, digits), r["chosen"]]
              for r in read("strengths.csv") if r["split"] == "train"]
-    markdown(["objective", "α", "quality", "distinct correct", "effective diversity", "chosen"],
-             table)
+    markdown(["objective", "α", "quality", "distinct correct", "effective diversity",
+              "spread of the bonus / of quality", "chosen"], table)
 
 
 def show_hacking():
