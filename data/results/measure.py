@@ -1,6 +1,7 @@
 """measure.py MODEL_FOLDER: samples 16 responses for each test prompt and for 32 training prompts of
 each task, measures them with the encoder that is trained on and with a second one, and writes
-RUN/measured.json; for the base, data/tiny, runs/compare/base-s0.json to base-s2.json, sampled anew.
+MODEL_FOLDER/measured.json. The base, data/tiny, is sampled three times, for base-s0.json to
+base-s2.json in runs/compare.
 
 The second encoder shares nothing with the first: the states of the base model's last layer,
 averaged over the tokens. Nearly all of its cosines are above 0.9, so "different" begins where as
@@ -41,7 +42,8 @@ def responses(folder, encoder, split, seed):
     kept = []
     judges = Judges(encoder, load_reward(None, DATA))
     records = load_rows(DATA, split, 32)
-    results = evaluate(folder, load_model(folder), judges, records, Sampling(N, 24, seed=seed), kept)
+    drawn = Sampling(N, 24, seed=seed)
+    results = evaluate(folder, load_model(folder), judges, records, drawn, kept)
     return results, kept
 
 
