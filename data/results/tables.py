@@ -10,6 +10,7 @@ import csv
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +32,7 @@ STRENGTHS = dict(
     repexp=(1, 2, 4),
     dqo_quality=(1, 2, 4),  # dqo --kernel quality
 )
+HARD = ("instruct", "reason")  # their test prompts ask for what training hardly shows
 ABLATIONS = {  # setting: name of its runs, without the seed
     "dqo, alpha = 1": "dqo-1",
     "alpha = 0 (grpo)": "grpo",
@@ -118,17 +120,25 @@ def bonus_to_quality(name):
     return bonus / quality
 
 
+def hard_pass(name):
+    """pass@16 on the test prompts of the hard tasks."""
+    tasks = of_run(name)
+    return statistics.mean(tasks[task]["pass_at"]["16"] for task in HARD)
+
+
 def write_strengths(best):
     columns, rows = ("quality", "distinct_correct", "effective_diversity"), []
-    for objective, strengths in STRENGTHS.items():
-        for alpha in strengths:
-            name, is_chosen = f"{objective}-{alpha}-s0", "yes" if best[objective] == alpha else ""
-            for split in ("train", "test"):
-                mean = of_run(name, split)["average"]
-                numbers = [f"{mean[column]:.4f}" for column in columns]
-                numbers.append(f"{bonus_to_quality(name):.4f}")
-                rows.append([objective, alpha, split, *numbers, is_chosen])
-    header = ["objective", "alpha", "split", *columns, "bonus_to_quality", "chosen"]
+    tried = [(objective, alpha) for objective, alphas in STRENGTHS.items() for alpha in alphas]
+    for objective, alpha in [GRPO, *tried]:
+        name = f"{objective}-{alpha}-s0".replace("--", "-")
+        is_chosen = "yes" if best.get(objective) == alpha else ""
+        for split in ("train", "test"):
+            mean = of_run(name, split)["average"]
+            numbers = [f"{mean[column]:.4f}" for column in columns]
+            numbers += [f"{bonus_to_quality(name):.4f}", f"{hard_pass(name):.4f}"]
+            rows.append([objective, alpha, split, *numbers, is_chosen])
+    header = ["objective", "alpha", "split", *columns, "bonus_to_quality", "hard_pass_at_16",
+              "chosen"]
     write("strengths.csv", header, rows)
 
 
@@ -244,6 +254,12 @@ def mean_of(rows, who, column, task="average"):
     return statistics.mean(of(rows, who, column, task))
 
 
+def of_hard(rows, who, column):
+    """Averaged over the hard tasks, one number per seed."""
+    each = zip(*(of(rows, who, column, task) for task in HARD))
+    return [statistics.mean(numbers) for numbers in each]
+
+
 def mean_std(numbers, digits):
     text = f"{statistics.mean(numbers):.{digits}f}"
     if len(numbers) > 1:
@@ -258,7 +274,7 @@ def rounded(row, digits):
 
 BASE, GRPO = ("base", ""), ("grpo", "")
 DQO = [("dqo", str(alpha)) for alpha in STRENGTHS["dqo"]]
-IN_PASS = ("likelihood", "passk", "dqo_quality")  # beside base, grpo and dqo
+IN_PASS = ("likelihood", "passk")  # beside base, grpo and dqo
 
 
 def everybody():
@@ -282,7 +298,8 @@ def show_comparison():
     rows = read("comparison.csv")
     columns = {  # column: its name in the table, digits
         "quality": ("quality", 2),
-        "pass_at_2": ("pass@2", 2),
+        "pass_at_4": ("pass@4", 2),
+        "pass_at_16": ("pass@16", 2),
         "distinct_correct": ("distinct correct of 16", 1),
         "effective_diversity": ("effective diversity", 2),
         "second_effective_diversity": ("the same, second encoder", 2),
@@ -292,8 +309,9 @@ def show_comparison():
     table = []
     for who in [BASE, *everybody()]:
         cells = [mean_std(of(rows, who, c), digits) for c, (_, digits) in columns.items()]
-        table.append([label(who), *cells])
-    markdown(["mean over the tasks", *(name for name, _ in columns.values())], table)
+        seeds = str(len(of(rows, who, "quality")))
+        table.append([label(who), *cells, seeds])
+    markdown(["mean over the tasks", *(name for name, _ in columns.values()), "seeds"], table)
 
 
 def show_tasks():
@@ -307,6 +325,17 @@ def show_tasks():
             cells.append(f"{quality}; {mean_std(of(rows, who, 'distinct_correct', task), 1)}")
         table.append(cells)
     markdown(["quality; distinct correct", *tasks], table)
+
+
+def show_hard():
+    """pass@n on the two tasks whose test prompts training hardly shows."""
+    rows, table = read("comparison.csv"), []
+    for who in [BASE, *everybody()]:
+        cells = [mean_std(of(rows, who, f"pass_at_{n}", task), 2)
+                 for task in HARD for n in (1, 4, 16)]
+        table.append([label(who), *cells])
+    names = [f"{task}, pass@{n}" for task in HARD for n in (1, 4, 16)]
+    markdown(["what training hardly shows", *names], table)
 
 
 def dqo_against(rows, other, task):
@@ -352,11 +381,12 @@ def show_ablations():
 
 
 def show_strengths():
-    digits = dict(quality=2, distinct_correct=1, effective_diversity=2, bonus_to_quality=2)
+    digits = dict(quality=2, distinct_correct=1, effective_diversity=2, bonus_to_quality=2,
+                  hard_pass_at_16=2)
     table = [[label((r["objective"], "")), r["alpha"], *rounded(r, digits), r["chosen"]]
              for r in read("strengths.csv") if r["split"] == "train"]
     markdown(["objective", "α", "quality", "distinct correct", "effective diversity",
-              "spread of the bonus / of quality", "chosen"], table)
+              "spread of the bonus / of quality", "hard tests, pass@16", "chosen"], table)
 
 
 def show_hacking():
@@ -370,6 +400,7 @@ def show_hacking():
 def show():
     show_comparison()
     show_tasks()
+    show_hard()
     show_ratios()
     show_ablations()
     show_strengths()
@@ -419,8 +450,8 @@ def cross(axes, rows, who, column):
     """One of the comparison in a plane, with its standard deviation over seeds. Returns where."""
     x, y = of(rows, who, column), of(rows, who, "quality")
     at = statistics.mean(x), statistics.mean(y)
-    spread = [statistics.stdev(numbers) if len(numbers) > 1 else None for numbers in (x, y)]
-    axes.errorbar(*at, xerr=spread[0], yerr=spread[1], fmt="o", color=COLORS[who[0]], ms=6, lw=0.8)
+    spread = dict(xerr=spread_of(x), yerr=spread_of(y))
+    axes.errorbar(*at, **spread, fmt="o", color=COLORS[who[0]], ms=6, lw=0.8)
     return at
 
 
@@ -443,30 +474,58 @@ def label_ends(axes, ends, x, gap, ha="left"):
         axes.text(x, y, f" {name} ", color=color, va="center", ha=ha, weight="bold", fontsize=8)
 
 
+def curve(axes, rows, who, numbers_of):
+    """pass@n with its standard deviation over seeds, of the base over samplings. Returns its end.
+
+    numbers_of(rows, who, column): one number per seed"""
+    sizes = (1, 2, 4, 8, 16)
+    columns = [numbers_of(rows, who, f"pass_at_{n}") for n in sizes]
+    ys, spread = ([f(x) for x in columns] for f in (statistics.mean, spread_of))
+    axes.errorbar(sizes, ys, yerr=spread, fmt="o-", color=COLORS[who[0]], ms=3, lw=1.2, capsize=2)
+    axes.set(xlabel="n", xscale="log")
+    axes.set_xticks(sizes, sizes)
+    axes.minorticks_off()
+    return ys[-1]
+
+
+def spread_of(numbers):
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0
+
+
 def draw_headline():
-    """headline.png: three things, before, after GRPO, and after DQO at three strengths."""
+    """headline.png: before, after GRPO, and after DQO: quality and diversity, and pass@n."""
     rows, column = read("comparison.csv"), "distinct_correct"
-    figure, (axes,) = panels(1, (5.6, 3.6))
-    line(axes, rows, DQO, column)
-    offsets = {BASE: (9, -4), GRPO: (-14, 10), **dict(zip(DQO, [(-28, 10), (-24, 10), (-20, -17)]))}
+    figure, (plane, attempts) = panels(2, (9, 3.8))
+    line(plane, rows, DQO, column)
+    of_dqo = dict(zip(DQO, [(8, 6), (-58, -20), (8, -16)]))
+    offsets = {BASE: (9, 6), GRPO: (-14, 12), **of_dqo}
+    names = {"base": "base model", "grpo": "GRPO", "dqo": "DQO"}
     for who, offset in offsets.items():
         objective, alpha = who
-        name = {"base": "base model", "grpo": "GRPO", "dqo": f"DQO, α = {alpha}"}[objective]
-        at = cross(axes, rows, who, column)
-        name_at(axes, at, name, COLORS[objective], offset, size=9)
-    axes.set(xlabel="distinct correct responses of 16", ylabel="quality")
-    axes.set(xlim=(3, 12), ylim=(0.5, 1))
+        name = names[objective] + (f", α = {alpha}" if alpha else "")
+        at = cross(plane, rows, who, column)
+        name_at(plane, at, name, COLORS[objective], offset, size=9)
+    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", title="all four tasks")
+    plane.set(xlim=(3.5, 9), ylim=(0.3, 0.65))
+    ends = []
+    for who in (BASE, GRPO, *DQO[1:]):
+        end = curve(attempts, rows, who, of_hard)
+        ends.append((end, names[who[0]] + (f", α = {who[1]}" if who[1] else ""), COLORS[who[0]]))
+    label_ends(attempts, ends, 17, 0.04)
+    attempts.set(ylabel="pass@n", xlim=(0.9, 60), title="what training hardly shows")
     save(figure, "headline.png", dpi=200)
 
 
 def draw_plane():
     """plane.png: all objectives."""
     rows = read("comparison.csv")
-    figure, both = panels(2, (11, 4.8))
+    figure, both = panels(2, (12, 6))
     columns = {"distinct_correct": "distinct correct responses of 16",
                "effective_diversity": "effective semantic diversity"}
     # of labels that would otherwise overlap others
-    offsets = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (6, -13)}
+    offsets = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (-38, 6), "dqo 2": (8, 4),
+               "darling 0.9": (-66, -4), "setpo 5": (-46, -4), "grpo, std": (6, -11),
+               "likelihood 0.25": (-88, 5)}
     for axes, (column, name) in zip(both, columns.items()):
         line(axes, rows, [GRPO, *DQO], column)
         for who in everybody():
@@ -484,23 +543,19 @@ def draw_plane():
 
 
 def draw_pass():
-    """pass.png: pass@n, with its standard deviation over seeds (of the base: over samplings)."""
-    rows, sizes = read("comparison.csv"), (1, 2, 4, 8, 16)
-    shown = [BASE, GRPO, ("dqo", "1"), *(who for who in everybody() if who[0] in IN_PASS)]
+    """pass.png: pass@n of the base, grpo, dqo, and some that are not far from it."""
+    rows = read("comparison.csv")
+    shown = [BASE, GRPO, *DQO[1:], *(who for who in everybody() if who[0] in IN_PASS)]
     figure, all_axes = panels(3, (13, 4.4))
     for axes, task in zip(all_axes, ("instruct", "reason", "average")):
         ends = []
         for who in shown:
-            color = COLORS[who[0]]
-            columns = [of(rows, who, f"pass_at_{n}", task) for n in sizes]
-            ys, spread = ([f(x) for x in columns] for f in (statistics.mean, statistics.stdev))
-            axes.errorbar(sizes, ys, yerr=spread, fmt="o-", color=color, ms=3, lw=1.2, capsize=2)
-            ends.append((ys[-1], who[0].replace("dqo_quality", "dqo, quality"), color))
+            end = curve(axes, rows, who, partial(of, task=task))
+            name = " ".join(who).strip()
+            ends.append((end, name, COLORS[who[0]]))
         label_ends(axes, ends, 17, 0.045 * height(axes))
         title = "mean over the four tasks" if task == "average" else task
-        axes.set(xlabel="n", ylabel="pass@n", title=title, xscale="log", xlim=(0.9, 45))
-        axes.set_xticks(sizes, sizes)
-        axes.minorticks_off()
+        axes.set(ylabel="pass@n", title=title, xlim=(0.9, 60))
     save(figure, "pass.png")
 
 
@@ -557,6 +612,7 @@ def draw_hacking():
             x, y = pick(rows, "step", run=run), pick(rows, column, run=run)
             axes.plot(x, y, color=color, lw=1.2)
             ends.append((y[-1], name, color))
+        axes.margins(y=0.12)  # room for the labels
         label_ends(axes, ends, x[-1], 0.07 * height(axes))
         axes.set(title=title, xlabel="step", xlim=(0, x[-1] * 1.5))
         axes.set_xticks([0, 100, 200, 300])
