@@ -247,6 +247,25 @@ def test_hard_tasks_are_those_of_the_csvs():
             f"{passed[0]:.2f} and {passed[1]:.2f}") in DATA
 
 
+def test_the_strengths_are_chosen_by_the_rule():
+    """Most distinct correct answers to training prompts at a quality of grpo's less 0.03."""
+    rows = [row for row in read("strengths.csv") if row["split"] == "train"]
+    (grpo,) = (float(row["quality"]) for row in rows if row["objective"] == "grpo")
+    for objective, strengths in tables.STRENGTHS.items():
+        tried = [row for row in rows if row["objective"] == objective]
+        assert [float(row["alpha"]) for row in tried] == list(strengths)
+        good = [row for row in tried if float(row["quality"]) >= grpo - 0.03]
+        best = max(good, key=lambda row: float(row["distinct_correct"]))
+        assert [row["alpha"] for row in tried if row["chosen"]] == [best["alpha"]]
+        assert 1 <= len(read_seeds(objective, best["alpha"])) <= 3
+
+
+def read_seeds(objective, alpha):
+    """Those of one row of the comparison."""
+    return {row["seed"] for row in read("comparison.csv")
+            if (row["objective"], row["alpha"]) == (objective, alpha)}
+
+
 def test_what_is_said_of_the_strengths_is_that_of_the_csv():
     """The spread of the bonus, and what goes with pass@16 on the hard tasks, over all that bear
     a strength."""

@@ -139,6 +139,7 @@ def test_targets_that_training_never_shows():
     train, test = ({row["answer"] for row in load_rows("reason", split)}
                    for split in ("train", "test"))
     assert len(train) == 20 and len(test) == 10 and not train & test
+    assert len(load_rows("reason", "test")) == 30  # three verbs each
     first = load_rows("reason", "test", limit=10)  # a short table has them all
     assert {row["answer"] for row in first} == test
 
