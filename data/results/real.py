@@ -43,6 +43,7 @@ from tables import (
     name_at,
     over_steps,
     panels,
+    plot_pass,
     read,
     save,
 )
@@ -243,14 +244,10 @@ def draw_pass():
             of_n = {n: [row for row in rows if row["n"] == str(n)] for n in PASS_AT}
             ys = [statistics.mean(float(row["pass_at"]) for row in of_n[n]) for n in PASS_AT]
             spread = [statistics.mean(float(row["se"]) for row in of_n[n]) for n in PASS_AT]
-            axes.errorbar(PASS_AT, ys, yerr=spread, fmt="o-", color=color_of(name), ms=3, lw=1.2,
-                          capsize=2)
+            plot_pass(axes, PASS_AT, ys, spread, color_of(name))
             ends.append((ys[-1], title(name), color_of(name)))
         label_ends(axes, ends, 34, 0.05)
-        axes.set(xlabel="n", ylabel="pass@n", title=about, xscale="log", xlim=(0.9, 150))
-        axes.set_ylim(0, 1.05)
-        axes.set_xticks(PASS_AT, PASS_AT)
-        axes.minorticks_off()
+        axes.set(title=about, xlim=(0.9, 150), ylim=(0, 1.05))
     save(figure, "real_pass.png")
 
 

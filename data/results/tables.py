@@ -78,6 +78,11 @@ def of_run(name, split="test"):
     return tasks_of(RUNS / name / "measured.json", split)
 
 
+def run_of(objective, alpha, seed):
+    """The name of a run; alpha is "" where there is no strength."""
+    return "-".join(filter(None, (objective, str(alpha), f"s{seed}")))
+
+
 def all_columns(result):
     """The cells of a CSV's row for one task."""
     cells = []
@@ -98,7 +103,7 @@ def chosen():
     for objective, strengths in STRENGTHS.items():
         quality, distinct = {}, {}
         for alpha in strengths:
-            on_train = of_run(f"{objective}-{alpha}-s0", "train")["average"]
+            on_train = of_run(run_of(objective, alpha, 0), "train")["average"]
             quality[alpha], distinct[alpha] = on_train["quality"], on_train["distinct_correct"]
         good = [alpha for alpha in strengths if quality[alpha] >= floor]
         best[objective] = max(good, key=distinct.get) if good else max(strengths, key=quality.get)
@@ -130,7 +135,7 @@ def write_strengths(best):
     columns, rows = ("quality", "distinct_correct", "effective_diversity"), []
     tried = [(objective, alpha) for objective, alphas in STRENGTHS.items() for alpha in alphas]
     for objective, alpha in [GRPO, *tried]:
-        name = f"{objective}-{alpha}-s0".replace("--", "-")
+        name = run_of(objective, alpha, 0)
         is_chosen = "yes" if best.get(objective) == alpha else ""
         for split in ("train", "test"):
             mean = of_run(name, split)["average"]
@@ -143,14 +148,14 @@ def write_strengths(best):
 
 
 def write_comparison(best):
-    names = {("grpo", ""): "grpo", ("grpo_std", ""): "grpo_std"}  # of runs, without the seed
-    for objective, alpha in [*best.items(), *(("dqo", alpha) for alpha in STRENGTHS["dqo"])]:
-        names[objective, alpha] = f"{objective}-{alpha}"
+    of_dqo = [("dqo", alpha) for alpha in STRENGTHS["dqo"]]
+    trained = dict.fromkeys([GRPO, ("grpo_std", ""), *best.items(), *of_dqo])  # each once
     runs = {("base", "", seed): tasks_of(RUNS / f"base-s{seed}.json") for seed in SEEDS}
-    for who, name in names.items():
+    for who in trained:
         for seed in SEEDS:
-            if (RUNS / f"{name}-s{seed}" / "measured.json").exists():
-                runs[(*who, seed)] = of_run(f"{name}-s{seed}")
+            name = run_of(*who, seed)
+            if (RUNS / name / "measured.json").exists():
+                runs[(*who, seed)] = of_run(name)
     rows = []
     for key, tasks in runs.items():
         rows += [[*key, task, *all_columns(result)] for task, result in tasks.items()]
@@ -481,11 +486,16 @@ def curve(axes, rows, who, numbers_of):
     sizes = (1, 2, 4, 8, 16)
     columns = [numbers_of(rows, who, f"pass_at_{n}") for n in sizes]
     ys, spread = ([f(x) for x in columns] for f in (statistics.mean, spread_of))
-    axes.errorbar(sizes, ys, yerr=spread, fmt="o-", color=COLORS[who[0]], ms=3, lw=1.2, capsize=2)
-    axes.set(xlabel="n", xscale="log")
+    plot_pass(axes, sizes, ys, spread, COLORS[who[0]])
+    return ys[-1]
+
+
+def plot_pass(axes, sizes, ys, spread, color):
+    """One curve of pass@n, n in `sizes`, on a logarithmic axis."""
+    axes.errorbar(sizes, ys, yerr=spread, fmt="o-", color=color, ms=3, lw=1.2, capsize=2)
+    axes.set(xlabel="n", ylabel="pass@n", xscale="log")
     axes.set_xticks(sizes, sizes)
     axes.minorticks_off()
-    return ys[-1]
 
 
 def spread_of(numbers):
@@ -512,7 +522,7 @@ def draw_headline():
         end = curve(attempts, rows, who, of_hard)
         ends.append((end, names[who[0]] + (f", α = {who[1]}" if who[1] else ""), COLORS[who[0]]))
     label_ends(attempts, ends, 17, 0.04)
-    attempts.set(ylabel="pass@n", xlim=(0.9, 60), title="what training hardly shows")
+    attempts.set(xlim=(0.9, 60), title="what training hardly shows")
     save(figure, "headline.png", dpi=200)
 
 
@@ -555,7 +565,7 @@ def draw_pass():
             ends.append((end, name, COLORS[who[0]]))
         label_ends(axes, ends, 17, 0.045 * height(axes))
         title = "mean over the four tasks" if task == "average" else task
-        axes.set(ylabel="pass@n", title=title, xlim=(0.9, 60))
+        axes.set(title=title, xlim=(0.9, 60))
     save(figure, "pass.png")
 
 
