@@ -152,10 +152,11 @@ def train_alone(config, held):
     else:
         out = runs.open_run(config, held)
         runs.seed_everything(config.seed)
-        runs.save_checkpoint(out, 0, config, setup, runs.random_state())
 
     start = time.time()
     with runs.noted_signals() as received:
+        if not config.resume:
+            runs.save_checkpoint(out, 0, config, setup, runs.random_state())
         with terminal.closing_noted(received):
             report.introduce(config, model, tokenizer, rows, done, reward)
         step = loop(config, out, done, setup, rows, received)

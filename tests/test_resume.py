@@ -127,6 +127,21 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, number, status):
     assert_same_run(whole, run)
 
 
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """From the moment that there is something to resume, a signal says how."""
+    def save_and_signal(out, step, *rest):
+        save(out, step, *rest)
+        if step == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    save = runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", save_and_signal)
+    run = tmp_path / "run"
+    assert main(*FLAGS, "--out", str(run)) == 143
+    assert f"python train.py --resume {run}" in capsys.readouterr().out
+    assert max(runs.checkpoints(run)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_three_times(whole, tmp_path, seed):
