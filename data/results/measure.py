@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 from data.metrics import cosine_distance, effective_diversity, mean_and_se, vendi
 from data.models import load_encoder, load_model
 from data.prompts import TASKS, load_rows
@@ -24,8 +25,9 @@ from data.runs import write_whole
 from data.scoring import load_reward
 from dqo import embed, gram, log_det
 from eval import Judges, Sampling, evaluate
+from tables import RUNS, SEEDS
 
-RUNS, N, DATA = Path("runs/compare"), 16, ",".join(TASKS)
+N, DATA = 16, ",".join(TASKS)
 
 
 def base_encoder():
@@ -37,13 +39,13 @@ def base_encoder():
     return load_encoder(str(folder))
 
 
-def responses(folder, encoder, split, seed):
+def responses(policy, encoder, split, seed):
     """(eval.py's results on one split, the responses that they are about)."""
     kept = []
     judges = Judges(encoder, load_reward(None, DATA))
     records = load_rows(DATA, split, 32)
     drawn = Sampling(N, 24, seed=seed)
-    results = evaluate(folder, load_model(folder), judges, records, drawn, kept)
+    results = evaluate("", policy, judges, records, drawn, kept)
     return results, kept
 
 
@@ -76,12 +78,10 @@ def with_second(results, kept, second, same, n=N):
     return [dict(r, second=mean_and_se(by_task[r["task"]])[0]) for r in results]
 
 
-def measure(folder, path, seed=0):
-    """Writes what was measured of a model to `path`, unless it is there."""
-    if path.exists():
-        return
-    encoder, second, first = load_encoder(), base_encoder(), RUNS / "base-s0.json"
-    test, train = (responses(folder, encoder, split, seed) for split in ("test", "train"))
+def measure(policy, encoder, second, path, seed=0):
+    """Writes what was measured of a model to `path`."""
+    test, train = (responses(policy, encoder, split, seed) for split in ("test", "train"))
+    first = RUNS / f"base-s{SEEDS[0]}.json"
     if path == first:
         same = as_different(encoder, second, test[1])
     else:
@@ -95,10 +95,14 @@ def measure(folder, path, seed=0):
 
 
 def main(folder):
-    if folder != "data/tiny":
-        return measure(folder, Path(folder) / "measured.json")
-    for seed in range(3):
-        measure(folder, RUNS / f"base-s{seed}.json", seed)
+    paths = {0: Path(folder) / "measured.json"}
+    if folder == "data/tiny":
+        paths = {seed: RUNS / f"base-s{seed}.json" for seed in SEEDS}
+    missing = {seed: path for seed, path in paths.items() if not path.exists()}
+    if missing:
+        policy, encoder, second = load_model(folder), load_encoder(), base_encoder()
+        for seed, path in missing.items():
+            measure(policy, encoder, second, path, seed)
 
 
 if __name__ == "__main__":

@@ -533,9 +533,9 @@ def draw_plane():
     columns = {"distinct_correct": "distinct correct responses of 16",
                "effective_diversity": "effective semantic diversity"}
     # of labels that would otherwise overlap others
-    offsets = {"entropy 0.1": (-62, 5), "dqo 0.5": (6, -13), "dqo 1": (-38, 6), "dqo 2": (8, 4),
-               "darling 0.9": (-66, -4), "setpo 5": (-46, -4), "grpo, std": (6, -11),
-               "likelihood 0.25": (-88, 5)}
+    offsets = {"entropy 0.1": (5, 4), "dqo 0.5": (6, -13), "dqo 1": (3, 10), "dqo 2": (8, 4),
+               "repexp 1": (-54, 6), "dra 1": (5, -12), "darling 0.9": (-66, -4),
+               "setpo 5": (-46, -4), "grpo, std": (-58, -4), "likelihood 0.25": (-88, 5)}
     for axes, (column, name) in zip(both, columns.items()):
         line(axes, rows, [GRPO, *DQO], column)
         for who in everybody():
