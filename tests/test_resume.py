@@ -134,10 +134,17 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
         if step == 0:
             signal.raise_signal(signal.SIGTERM)
 
+    def not_noted(number, frame):
+        pytest.fail("the signal found no handler of the run")
+
     save = runs.save_checkpoint
     monkeypatch.setattr(runs, "save_checkpoint", save_and_signal)
     run = tmp_path / "run"
-    assert main(*FLAGS, "--out", str(run)) == 143
+    before = signal.signal(signal.SIGTERM, not_noted)
+    try:
+        assert main(*FLAGS, "--out", str(run)) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert f"python train.py --resume {run}" in capsys.readouterr().out
     assert max(runs.checkpoints(run)) == 1
 
