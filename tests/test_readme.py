@@ -16,6 +16,7 @@ import dqo
 import eval as evaluation
 import train
 from data.objectives import load_objective
+from data.prompts import load_rows
 from data.report import show_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +191,44 @@ def test_the_real_model_is_that_of_its_csv():
     assert (f"its quality is {before} before, {grpo[0]} after GRPO, with {grpo[1]} distinct "
             f"correct answers of 16, and {dqo[0]} after DQO, with {dqo[1]}") in README
     assert len(runs["grpo"]) == len(runs["dqo_quality-3"]) == 3
+
+
+def test_pass_at_8_and_sentences_are_those_of_the_csvs():
+    """On `letters` DQO is above GRPO by more than both standard errors over the prompts."""
+    passed = real.by_name([row for row in read("real_pass.csv") if row["n"] == "8"], "letters")
+    grpo, dqo = ([statistics.mean(float(row[column]) for row in passed[name])
+                  for column in ("pass_at", "se")] for name in ("grpo", "dqo_quality-3"))
+    assert len(passed["grpo"]) == len(passed["dqo_quality-3"]) == 3
+    assert dqo[0] - grpo[0] > dqo[1] + grpo[1]
+    assert f"{grpo[0]:.2f} of the cases after GRPO, in {dqo[0]:.2f} after DQO" in README
+    assert f"has found one in {dqo[0]:.2f} of the cases, GRPO in {grpo[0]:.2f}" in RESULTS
+    assert f"prompts apart ({grpo[1]:.2f} each" in RESULTS
+    seeds = [[f"{float(row['pass_at']):.2f}" for row in passed[name]]
+             for name in ("grpo", "dqo_quality-3")]
+    grpo, dqo = ("{}, {} and {}".format(*numbers) for numbers in seeds)
+    assert f"at n = 8 {grpo} against {dqo}" in RESULTS
+
+    right = real.by_name(read("real.csv"), "sentences")
+    grpo, dqo = (right[name][0]["distinct_correct"][:-3] for name in ("grpo", "dqo_quality-3"))
+    assert f"Of 16 sentences from given words, {grpo} and {dqo} are right" in README
+    assert f"{dqo} of 16 answers are right and different, GRPO's {grpo}" in RESULTS
+
+
+def test_prompts_of_the_real_model():
+    """Each letter's right answers are those of the category that begin with it, all of them; no
+    set of words is for training and for tests."""
+    answers = {record["prompt"]: record["answer"] for record in load_rows("categories", "train")}
+    found = {prompt: [] for prompt in answers}
+    for row in real.letters():
+        letter = re.search(r" that begins with the letter ([A-Z])\.", row["prompt"])
+        assert {word[0].upper() for word in row["answer"]} == {letter[1]}
+        found[row["prompt"].replace(letter[0], ".")] += row["answer"]
+    assert found == {prompt: sorted(words) for prompt, words in answers.items()}
+
+    words_of = {split: {tuple(row["concepts"]) for row in real.sentences() if row["split"] == split}
+                for split in ("train", "test")}
+    assert [len(words) for words in words_of.values()] == [400, 24]
+    assert not words_of["train"] & words_of["test"]
 
 
 def hard(objective, alpha, n):

