@@ -1,6 +1,6 @@
 """DQO, Diversity Quality Optimization, in one file.
 
-Reinforcement learning makes a language model better and duller: it settles on one answer
+Reinforcement learning makes a language model better and duller: it settles on few answers
 per prompt. DQO (Chen et al. 2025, arXiv 2509.04784) pays for diversity too. For each prompt
 x it samples a group of k responses y_1 ... y_k, embeds them with a sentence encoder phi, and
 rewards the volume that the embeddings span:
@@ -9,7 +9,8 @@ rewards the volume that the embeddings span:
     L_ij       = <phi(y_i), phi(y_j)>           the cosines; every phi has length 1
 
 det L is the squared volume: 0 as soon as two responses are equal, 1 if all are orthogonal.
-Adding I keeps the logarithm finite. The gradient is REINFORCE with one number per response:
++ I keeps the logarithm finite, and copies gain a little. The gradient is REINFORCE with one
+number per response:
 
     grad J_k = E[ sum_i grad log pi(y_i|x) * (r_i - beta * log(pi/pi_ref) + alpha * g_i) ]
     g_i      = log det(L + I) - log det(L_{-i} + I)        L_{-i} is L without response i
@@ -22,7 +23,7 @@ responses, two of them equal, the third orthogonal to both:
         [0 0 1]
 
 Why not pay everybody log det(L + I)? Whatever part of the volume does not depend on y_i adds
-nothing but noise to E[volume * grad log pi(y_i)], as E[grad log pi(y_i)] = 0. g_i lacks it.
+nothing but noise to volume * grad log pi(y_i), as E[grad log pi(y_i)] = 0. g_i lacks it.
 
 If you know GRPO, four things differ: the gain is added to the reward; the group's mean is
 subtracted, but nothing is divided by its standard deviation; the KL penalty is in the reward,
@@ -49,8 +50,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class BadInput(ValueError):
@@ -92,7 +91,7 @@ def marginal_gains(phi):
 
 
 def quality_weighted(phi, q):
-    """Give each embedding the length sqrt(q_i): (..., k, D), (..., k) -> (..., k, D).
+    """L_ij becomes sqrt(q_i q_j) L_ij: (..., k, D), (..., k) -> (..., k, D).
 
     A response of quality 0 then spans nothing and gains nothing: strangeness cannot buy
     reward. NOTE  Ours, not the paper's. q_i must lie in [0, 1] and depend on y_i alone: with a
@@ -115,7 +114,7 @@ def gaussian(phi):
 
 # ------------------------------------- advantages
 def advantages(quality, bonus, baseline):
-    """quality + bonus minus a baseline over the prompt's own group, dimension 1: (P, k, ...).
+    """quality + bonus minus a baseline over the prompt's own group: (P, k, ...), dimension 1.
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean: exactly the gradient of J_{k-1}, with lower variance (default)
@@ -127,7 +126,7 @@ def advantages(quality, bonus, baseline):
 
         sum_i s_i (g_i - mean_j g_j)
             = sum_i s_i v (1 - 1/k) - 1/k sum_i sum_{j != i} s_i (v - v_{-j})
-            = 1/k sum_j sum_{i != j} s_i v_{-j}               the terms with v cancel
+            = 1/k sum_j sum_{i != j} s_i v_{-j}               v: k - 1 terms cancel
             = gradient of E[volume of k - 1 responses]
 
     Likewise for the rewards. tests/test_gradient.py enumerates all groups of a policy.
@@ -142,32 +141,32 @@ def advantages(quality, bonus, baseline):
 
 
 # --------------------------------------- the loss
-def policy_loss(logp, advantages, mask, max_new_tokens, old_logp=None, clip=0.2):
+def policy_loss(logp, weight, mask, max_new_tokens, old_logp=None, clip=0.2):
     """The surrogate whose gradient is the policy gradient, and a dict of sums.
 
     logp:        (B, T) log pi of each token, with gradient
-    advantages:  (B,), or (B, T) with a weight per token
+    weight:      the advantages: (B,), or (B, T), one per token
     mask:        (B, T) bool, the tokens of the response
-    old_logp:    (B, T) of the policy that sampled: the clipped ratio of PPO and GRPO. Without it,
-                 as in the first epoch, the ratio is 1: its gradient is REINFORCE's grad log pi.
+    old_logp:    (B, T) before the update: the clipped ratio of PPO and GRPO. None, or in the first
+                 epoch, the ratio is 1, and its gradient is REINFORCE's grad log pi.
 
     We divide by B * max_new_tokens, a constant. Dividing by the actual lengths would favour
     the tokens of short responses, and the gradient would depend on the micro-batches.
 
     WARNING  The value says nothing about progress: advantages are centred.
     """
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]  # (B, 1)
+    if weight.dim() == 1:
+        weight = weight[:, None]  # (B, 1)
     if old_logp is None:
         old_logp = logp.detach()
     ratio = (logp - old_logp).exp()
-    free = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    free = ratio * weight
+    clipped = ratio.clamp(1 - clip, 1 + clip) * weight
     surrogate = torch.minimum(free, clipped)  # no reward for moving beyond the clip
     loss = -(surrogate * mask).sum() / (len(mask) * max_new_tokens)
     return loss, {
         "clipped": ((surrogate < free) & mask).sum().item(),
-        "entropy": -(logp.detach() * mask).sum().item(),  # nats
+        "entropy": -(logp.detach() * mask).sum().item(),  # estimated
     }
 
 
@@ -179,7 +178,7 @@ def objective(alpha=1.0, highest_alpha=math.inf, embeds=True, smallest_group=(1,
     """Decorator: the function becomes an --objective under its own name.
 
     It gets the qualities (P, k), phi (P, k, D) as the kernel has it, the log-probability of each
-    token logp (P, k, T), NaN behind a response's end, and alpha. It returns a bonus: (P, k),
+    token logp (P, k, T), NaN after a response's end, and alpha. It returns a bonus: (P, k),
     added to the quality before the baseline, or (P, k, T or 1), added to each token's advantage
     after it. No derivative flows through it.
 
@@ -201,7 +200,7 @@ def grpo(quality, phi, logp, alpha):
     return torch.zeros_like(quality)
 
 
-@objective(smallest_group=(2, 3))  # with a baseline the update is that of k - 1 = 2 responses
+@objective(smallest_group=(2, 3))  # with a baseline, k = 3 updates like 2 responses
 def dqo(quality, phi, logp, alpha):
     """The paper's objective: each response is paid for the volume that it adds."""
     return alpha * marginal_gains(phi)
@@ -215,7 +214,7 @@ def option(default, meaning, **limits):
 
 @dataclass
 class Config:
-    """Every hyper-parameter. What is None depends on the model: train.py fills it in."""
+    """Every hyper-parameter. What is still None depends on the model: train.py fills it in."""
 
     # the objective
     objective: str = option("dqo", "what is optimised: a name, or file.py:function")
@@ -261,7 +260,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
     rows:       P dicts with "prompt" and whatever the reward needs
     config:     with every option filled in
     reference:  the frozen starting model, with beta > 0
-    memory:     a dict kept from step to step: known embeddings, centre of the reward
+    memory:     a dict kept from step to step: known embeddings, centre of the reward, skips
 
     metrics["samples"] holds the responses. Raises BadInput if a number is not finite, before
     the weights are touched (in the first epoch).
@@ -319,7 +318,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config,
         to_go = log_ratio.flip(1).cumsum(1).flip(1)
         penalty = config.beta * to_go.view(P, k, -1).cpu()  # (P, k, T)
 
-    # 5. An advantage for each token, from the response's own group.
+    # 5. An advantage per response, with beta > 0 per token, from its own group.
     advantage = advantages(quality[..., None] - penalty, bonus[..., None], config.baseline)
     weight = (advantage + token_bonus).flatten(0, 1)  # (B, 1), or (B, T)
 
@@ -355,14 +354,14 @@ def summary(rows, rollout, quality, bonus, penalty, gain, advantage):
 
 
 def update(model, optimizer, rollout, weight, config, memory, check):
-    """Gradient ascent on one rollout, an optimizer step per epoch. weight: (B, 1) or (B, T).
+    """Optimizer steps on one rollout, one per epoch. weight: (B, 1) or (B, T).
 
-    The metrics are those of the last epoch, but for `drift`: |log pi scored - log pi sampled|
-    per token before the update, which is rounding, unless the two see different policies. A
+    The metrics are those of the last epoch. `drift` is |log pi scored - log pi sampled| per
+    token before the update, which is rounding, unless the two see different policies. A
     gradient that is not finite is `skipped`; the third in a row raises BadInput.
     """
     count, total, skipped = len(rollout.texts), rollout.mask.sum().item(), 0
-    model.train()  # for gradient checkpointing; all dropout is 0
+    model.train()  # for gradient checkpointing; all dropout must be 0
     old = torch.zeros_like(rollout.logp)
     for epoch in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
@@ -422,7 +421,7 @@ def logps_of(model, rollout, config):
 def squashed(quality, reward, memory, check):
     """Quality in [0, 1] for the quality kernel. A sigmoid where the reward is unbounded.
 
-    Its centre, the mean of the first rollout, stays: q_i must depend on y_i alone.
+    Its centre, the mean of the first rollout, stays, as q_i must depend on y_i alone.
     """
     if getattr(reward, "range", None) == (-math.inf, math.inf):
         return torch.sigmoid(quality - memory.setdefault("center", quality.mean().item()))
@@ -432,10 +431,10 @@ def squashed(quality, reward, memory, check):
 
 def finite_check(rows, texts):
     """A check that names the first response whose value is out of range, infinite or NaN."""
-    def check(what, values, responses=None, low=-1e38, high=1e38):
+    def check(what, values, index=None, low=-1e38, high=1e38):
         for j, value in enumerate(values.flatten().tolist()):
             if not low <= value <= high:
-                i = j if responses is None else responses[j]
+                i = j if index is None else index[j]
                 raise BadInput(f"the {what} is {value:.6g} for the prompt "
                                f"{str(rows[i]['prompt'])[-80:]!r} and the response "
                                f"{texts[i][:80]!r}")

@@ -25,7 +25,7 @@ def empty(phi):
     """(P, k): where an embedding is the zero vector, which some encoders give an empty text.
 
     It spans nothing, so `dqo` pays it nothing. To a product of vectors, however, it is as
-    different as can be from all others and from its like. So the others have to give it the
+    different as can be from all others, empty ones too. So the others have to give it the
     lowest bonus that there is: emptiness must not pay.
     """
     return ~phi.any(-1)
@@ -37,7 +37,7 @@ def pairwise(quality, phi, logp, alpha):
 
     Deviation, Chung et al. 2025, in RL form: the exact marginal gain of
     1/(k-1) * sum_{i<j} (1 - L_ij). The expected distance, 1 - |E phi|^2, sees nothing but the
-    mean: two clusters e1 e1 e2 e2 and four answers with all cosines 1/3 both have 2/3, while
+    mean: two clusters e1 e1 e2 e2 and four answers with all cosines 1/3 both average 2/3, while
     log det(L + I) is 2.197 against 2.631.
     """
     k = quality.shape[1]
@@ -98,14 +98,14 @@ def setpo(quality, phi, logp, alpha):
     """What the group's diversity D gains by a response, in its advantage: alpha * (D - D_{-i}).
 
     SetPO, ICML 2026: D = mean_i -log(1 + mean_j L_ij), j = i included; D_{-i} leaves response i
-    out. It is added behind the baseline, so nothing is subtracted from it.
+    out. It is added after the baseline, so nothing is subtracted from it.
     """
     k = quality.shape[1]
     nothing = empty(phi)
     L = gram(phi).masked_fill(nothing[:, :, None] | nothing[:, None, :], 1.0)  # (P, k, k)
     similar = L.sum(-1)                                                     # (P, k)
     diversity = -torch.log1p(similar / k).mean(-1, keepdim=True)            # (P, 1)
-    # To leave i out takes L_ij off the sum of every j but i, whose logarithm is that of 1.
+    # To leave i out takes L_ij off the sum of every j but i; that of i itself becomes log 1 = 0.
     of_j = (similar[:, None, :] - L) * (1 - torch.eye(k)) / (k - 1)         # (P, i, j)
     without = -torch.log1p(of_j).sum(-1) / (k - 1)                          # (P, k)
     return alpha * (diversity - without)[:, :, None]                        # (P, k, 1)

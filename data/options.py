@@ -6,8 +6,8 @@ Every field is a flag of train.py: `prompt_key` is `--prompt-key`.
 import dataclasses
 import math
 
-from data.models import is_tiny
-from dqo import MINILM, OBJECTIVES, BadInput, Config, option
+from data.models import MINILM, is_tiny
+from dqo import OBJECTIVES, BadInput, Config, option
 
 # What data/tiny was tuned to, and what any other model gets: a real one needs a small learning
 # rate and a KL penalty to stay fluent. (The tiny one, whose rewards are strict, does not.)
