@@ -202,7 +202,7 @@ def test_pass_at_8_and_sentences_are_those_of_the_csvs():
     assert dqo[0] - grpo[0] > dqo[1] + grpo[1]
     assert f"{grpo[0]:.2f} of the cases after GRPO, in {dqo[0]:.2f} after DQO" in README
     assert f"has found one in {dqo[0]:.2f} of the cases, GRPO in {grpo[0]:.2f}" in RESULTS
-    assert f"prompts apart ({grpo[1]:.2f} each" in RESULTS
+    assert f"prompts apart ({grpo[1]:.2f} each)" in RESULTS
     seeds = [[f"{float(row['pass_at']):.2f}" for row in passed[name]]
              for name in ("grpo", "dqo_quality-3")]
     grpo, dqo = ("{}, {} and {}".format(*numbers) for numbers in seeds)
@@ -210,7 +210,7 @@ def test_pass_at_8_and_sentences_are_those_of_the_csvs():
 
     right = real.by_name(read("real.csv"), "sentences")
     grpo, dqo = (right[name][0]["distinct_correct"][:-3] for name in ("grpo", "dqo_quality-3"))
-    assert f"Of 16 sentences from given words, {grpo} and {dqo} are right" in README
+    assert f"Trained on sentences instead, {grpo} and {dqo} of 16 are right" in README
     assert f"{dqo} of 16 answers are right and different, GRPO's {grpo}" in RESULTS
 
 
