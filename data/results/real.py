@@ -247,7 +247,7 @@ def draw(task="categories"):
         plane.plot(*at, "o", color=color_of(name), ms=6)
         # Points to the right and up, of labels that would otherwise overlap others.
         offset = {"dqo-1": (6, -11), "dqo_quality-2": (-118, -10), "likelihood-0.5": (-6, 8),
-                  "setpo-5": (-52, -24)}.get(
+                  "setpo-5": (-52, -24), "darling-0.8": (6, 4)}.get(
             name, (6, -3))
         name_at(plane, at, title(name), color_of(name), offset, size=7.5)
     plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9),
