@@ -247,10 +247,11 @@ def draw(task="categories"):
         plane.plot(*at, "o", color=color_of(name), ms=6)
         # Points to the right and up, of labels that would otherwise overlap others.
         offset = {"dqo-1": (6, -11), "dqo_quality-2": (-118, -10), "likelihood-0.5": (-6, 8),
-                  "setpo-5": (-52, -24), "darling-0.8": (6, 4)}.get(
+                  "setpo-5": (-52, -24), "darling-0.8": (6, 4),
+                  "dqo_quality-5": (6, -24), "dqo_quality-3": (15, -3), "dqo-0.5": (-36, -28)}.get(
             name, (6, -3))
         name_at(plane, at, title(name), color_of(name), offset, size=7.5)
-    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9),
+    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9.6),
               ylim=(-0.03, 1.1), title="the categories that were trained on")
     runs = by_name(read("real_training.csv"), task)
     titles = dict(quality="quality", distinct="share of different texts in a group")
