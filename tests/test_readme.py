@@ -174,6 +174,11 @@ def test_tables_are_those_of_the_csvs():
         assert line in RESULTS, line
 
 
+def shown(rows, column, digits):
+    """The mean over the seeds, as text."""
+    return f"{statistics.mean(float(row[column]) for row in rows):.{digits}f}"
+
+
 def test_the_real_model_is_that_of_its_csv():
     """The tables of data/results/README.md, and the numbers of README's sentence."""
     lines = [x for x in output_of(real.show).splitlines() if x]
@@ -182,12 +187,9 @@ def test_the_real_model_is_that_of_its_csv():
         assert line in RESULTS, line
 
     runs = real.by_name(read("real.csv"), "categories", "train")
-
-    def shown(name, column, digits):
-        return f"{statistics.mean(float(row[column]) for row in runs[name]):.{digits}f}"
-
-    (before, *_), grpo, dqo = ((shown(name, "quality", 2), shown(name, "distinct_correct", 1))
-                               for name in ("base", "grpo", "dqo_quality-3"))
+    (before, *_), grpo, dqo = (
+        (shown(runs[name], "quality", 2), shown(runs[name], "distinct_correct", 1))
+        for name in ("base", "grpo", "dqo_quality-3"))
     assert (f"its quality is {before} before, {grpo[0]} after GRPO, with {grpo[1]} distinct "
             f"correct answers of 16, and {dqo[0]} after DQO, with {dqo[1]}") in README
     assert len(runs["grpo"]) == len(runs["dqo_quality-3"]) == 3
@@ -209,7 +211,7 @@ def test_pass_at_8_and_sentences_are_those_of_the_csvs():
     assert f"at n = 8 {grpo} against {dqo}" in RESULTS
 
     right = real.by_name(read("real.csv"), "sentences")
-    grpo, dqo = (right[name][0]["distinct_correct"][:-3] for name in ("grpo", "dqo_quality-3"))
+    grpo, dqo = (shown(right[name], "distinct_correct", 1) for name in ("grpo", "dqo_quality-3"))
     assert f"Trained on sentences instead, {grpo} and {dqo} of 16 are right" in README
     assert f"{dqo} of 16 answers are right and different, GRPO's {grpo}" in RESULTS
 

@@ -7,6 +7,7 @@ The second encoder shares nothing with the first: the states of the base model's
 averaged over the tokens. Nearly all of its cosines are above 0.9, so "different" begins where as
 many pairs of the base model's answers are different as under the first encoder at 0.9."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -39,13 +40,20 @@ def base_encoder():
     return load_encoder(str(folder))
 
 
-def responses(policy, encoder, split, seed):
+@functools.cache
+def loaded(folder):
+    """(model and tokenizer, the encoder that is trained on, the second one)."""
+    return load_model(folder), load_encoder(), base_encoder()
+
+
+def responses(folder, split, seed):
     """(eval.py's results on one split, the responses that they are about)."""
     kept = []
+    policy, encoder, _ = loaded(folder)
     judges = Judges(encoder, load_reward(None, DATA))
     records = load_rows(DATA, split, 32)
     drawn = Sampling(N, 24, seed=seed)
-    results = evaluate("", policy, judges, records, drawn, kept)
+    results = evaluate(folder, policy, judges, records, drawn, kept)
     return results, kept
 
 
@@ -78,10 +86,12 @@ def with_second(results, kept, second, same, n=N):
     return [dict(r, second=mean_and_se(by_task[r["task"]])[0]) for r in results]
 
 
-def measure(policy, encoder, second, path, seed=0):
-    """Writes what was measured of a model to `path`."""
-    test, train = (responses(policy, encoder, split, seed) for split in ("test", "train"))
-    first = RUNS / f"base-s{SEEDS[0]}.json"
+def measure(folder, path, seed=0):
+    """Writes what was measured of a model to `path`, unless it is there."""
+    if path.exists():
+        return
+    (_, encoder, second), first = loaded(folder), RUNS / f"base-s{SEEDS[0]}.json"
+    test, train = (responses(folder, split, seed) for split in ("test", "train"))
     if path == first:
         same = as_different(encoder, second, test[1])
     else:
@@ -95,14 +105,10 @@ def measure(policy, encoder, second, path, seed=0):
 
 
 def main(folder):
-    paths = {0: Path(folder) / "measured.json"}
-    if folder == "data/tiny":
-        paths = {seed: RUNS / f"base-s{seed}.json" for seed in SEEDS}
-    missing = {seed: path for seed, path in paths.items() if not path.exists()}
-    if missing:
-        policy, encoder, second = load_model(folder), load_encoder(), base_encoder()
-        for seed, path in missing.items():
-            measure(policy, encoder, second, path, seed)
+    if folder != "data/tiny":
+        return measure(folder, Path(folder) / "measured.json")
+    for seed in SEEDS:
+        measure(folder, RUNS / f"base-s{seed}.json", seed)
 
 
 if __name__ == "__main__":

@@ -241,16 +241,16 @@ def color_of(name):
 def draw(task="categories"):
     """real.png: where the runs end, and how grpo and dqo get there."""
     figure, (plane, *curves) = panels(3, (13, 4))
+    # of labels that would otherwise overlap others
+    offsets = {"dqo-1": (6, -11), "dqo_quality-2": (-118, -10), "likelihood-0.5": (-6, 8),
+               "setpo-5": (-52, -24), "darling-0.8": (6, 4), "dqo_quality-5": (6, -24),
+               "dqo_quality-3": (15, -3), "dqo-0.5": (-36, -28)}
     for name, seeds in by_name(read("real.csv"), task, "train").items():
         at = [statistics.mean(float(row[c]) for row in seeds)
               for c in ("distinct_correct", "quality")]
         plane.plot(*at, "o", color=color_of(name), ms=6)
-        # Points to the right and up, of labels that would otherwise overlap others.
-        offset = {"dqo-1": (6, -11), "dqo_quality-2": (-118, -10), "likelihood-0.5": (-6, 8),
-                  "setpo-5": (-52, -24), "darling-0.8": (6, 4),
-                  "dqo_quality-5": (6, -24), "dqo_quality-3": (15, -3), "dqo-0.5": (-36, -28)}.get(
-            name, (6, -3))
-        name_at(plane, at, title(name), color_of(name), offset, size=7.5)
+        name_at(plane, at, title(name), color_of(name), offsets.get(name, (6, -3)),
+                size=7.5)
     plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9.6),
               ylim=(-0.03, 1.1), title="the categories that were trained on")
     runs = by_name(read("real_training.csv"), task)
@@ -292,15 +292,16 @@ def main(name, task=None):
     base, folder = load_model(str(started_from())), RUNS / name
     policy = base if is_base else load_model(str(folder))
     second, rows, passed, samples = word_vectors(*base), [], [], []
+    encoder = load_encoder()
     parts = [(task, "test"), (task, "train"), *([LETTERS] if task == "categories" else [])]
     for part, split in parts:
         data, reward, n, _ = TASKS[part]
-        judges = Judges(load_encoder(), load_reward(reward, data), base[0])
+        judges = Judges(encoder, load_reward(reward, data), base[0])
         results, kept = measured(policy, judges, part, split)
         # The cosine from which the second encoder calls two responses the same: the base says.
         as_same = RUNS / f"{part}-same.json"
         if is_base and split == "test":
-            as_same.write_text(str(as_different(judges.encoder, second, kept, n)))
+            as_same.write_text(str(as_different(encoder, second, kept, n)))
         (result,) = with_second(results, kept, second, float(as_same.read_text()), n)
         rows.append([label, part, split, result["prompts"], n, *row_of(result)])
         if part in PASS_OF:
@@ -323,8 +324,10 @@ def main(name, task=None):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--prompts"]:
-        for rows_of in (times_tables, capitals, letters, sentences):
-            write_prompts(rows_of.__name__.partition("_")[0], rows_of())
+        write_prompts("times", times_tables())
+        write_prompts("capitals", capitals())
+        write_prompts("letters", letters())
+        write_prompts("sentences", sentences())
     elif sys.argv[1:] == ["--show"]:
         show()
         draw()
