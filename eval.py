@@ -1,268 +1,255 @@
 """Quality and diversity of any number of models, side by side.
 
-    python eval.py data/tiny runs/dqo              # the four miniature tasks, 16 responses a prompt
+    python eval.py data/tiny runs/dqo     # four miniature tasks, 16 responses a prompt
     python eval.py data/tiny runs/grpo runs/dqo --plot plane.png --json eval.json
 
-Every metric is computed per prompt on its n responses, then averaged over prompts; +/- is the
-standard error over prompts. Higher is more diverse for all diversity metrics. WARNING: log det,
-Vendi and cosine distance live in the space that DQO optimises, and distinct-n and self-BLEU love
-gibberish. Judge by quality, pass@n, distinct correct and effective semantic diversity.
-
-The metrics are in data/metrics.py, the table is in data/report.py, the picture in pictures.py.
+Every metric is of one prompt's n responses, then a mean over prompts, ± its standard error.
+Higher is more diverse for all diversity metrics. WARNING: log det, Vendi and cosine distance live
+in the space that DQO optimises, and distinct-n and self-BLEU love gibberish. Judge by quality,
+pass@n, distinct correct and effective diversity.
 """
 
-import argparse
+import inspect
 import json
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from argparse import RawDescriptionHelpFormatter
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import HfArgumentParser, logging, set_seed
 
-from data import terminal
-from data.metrics import group_metrics, mean_and_se
-from data.models import is_tiny, json_object, load_encoder, load_model, memory_hint
-from data.options import RunConfig
-from data.pictures import check_picture, plot
-from data.prompts import load_rows, prepare
-from data.report import table, window_warning
-from data.runs import seed_everything, to_json
-from data.scoring import check_rows, load_reward, threshold_of
-from dqo import BadInput, embed, prompt_ids, sample, token_logps
+import dqo
+from data.metrics import by_model, group_metrics, labelled, over, standard_error
+from data.tasks import load_reward, load_rows, loaded, task_of
+from dqo import BadInput
 
 
-@dataclass
-class Sampling:
-    """How responses are drawn: the same for all models, or they could not be compared."""
-
-    n: int  # responses per prompt
-    max_new_tokens: int
-    temperature: float = 1.0
-    seed: int = 0
-    plain: bool = False  # no chat template
-    template_args: dict | None = None  # for the chat template
-    batch: int = 256  # responses at once: what they draw depends on it
-
-
-@dataclass
-class Judges:
-    """What responses are measured with: all but the last also a part of training."""
-
-    encoder: object  # of diversity, see `dqo.embed`
-    reward: Callable  # of quality: (prompts, responses, records) -> numbers
-    fluency: torch.nn.Module | None = None  # a model with the tokenizer of those measured
-
-
-def evaluate(name, policy, judges, records, sampling, keep=None):
-    """Sample n responses for each record and measure them. One result (the object of --json)
-    per task, in order.
-
-    policy: (model, tokenizer)
-    keep:   a list that receives {model, task, prompt, response, quality} of every response
-    """
-    seed_everything(sampling.seed)
-    by_task = {}
-    batch = max(1, sampling.batch // sampling.n)  # in prompts
-    starts = range(0, len(records), batch)
-    for i in tqdm(starts, desc=f"eval {name}", leave=False, disable=None):
-        part = records[i:i + batch]
-        groups = measure(policy, judges, part, sampling)
-        for record, (metrics, responses) in zip(part, groups):
-            by_task.setdefault(record["task"], []).append(metrics)
-            if keep is None:
-                continue
-            about = dict(model=name, task=record["task"], prompt=record["prompt"])
-            keep += [{**about, **response} for response in responses]
-    results = []
-    for task, metrics in by_task.items():
-        mean, se = mean_and_se(metrics)
-        about = dict(model=name, task=task, prompts=len(metrics), n=sampling.n,
-                     threshold=threshold_of(judges.reward, task))
-        results.append(dict(**about, **mean, se=se))
-    return results
+# ------------------------ a model on many prompts
+def fitting(rows, model, tokenizer, options):
+    """The rows whose prompt leaves room for the longest response. A token is drawn: a model that
+    cannot be sampled is refused before a run."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 10 ** 6)
+    room, known = context - options.max_new_tokens, model.get_input_embeddings().num_embeddings
+    ids = [dqo.prompt_ids(tokenizer, row["prompt"], options.template) for row in rows]
+    for row, x in zip(rows, ids):
+        if max(x, default=0) >= known:
+            raise BadInput(f"{row['_where']}: token {max(x)}, and the model has only {known}")
+    fit = [i for i, x in enumerate(ids) if 0 < len(x) <= room]
+    misfits = (f"{len(rows) - len(fit)} of {len(rows)} prompts are empty, or leave no room for "
+               f"--max-new-tokens {options.max_new_tokens}")
+    if not fit:
+        raise BadInput(misfits)
+    if len(fit) < len(rows):
+        print(f"{misfits}: left out")
+    one = ids[fit[0]]
+    loaded("cannot be sampled here: a model of type", lambda _: dqo.sample(
+        model, tokenizer, [one], 1, 1), model.config.model_type)
+    return [rows[i] for i in fit]
 
 
-def measure(policy, judges, records, sampling):
-    """One batch: (metrics, [{response, quality}, ...]) of each record's n responses."""
-    model, tokenizer = policy
-    n = sampling.n
-    ids = [prompt_ids(tokenizer, record["prompt"], sampling.plain, sampling.template_args)
-           for record in records]
-    rollout = sample(model, tokenizer, ids, n, sampling.max_new_tokens, sampling.temperature)
-    each = [record for record in records for _ in range(n)]  # the record of each response
-    prompts = [record["prompt"] for record in each]
-    scores = list(judges.reward(prompts, rollout.texts, each))
-    phi = embed(judges.encoder, rollout.texts)                              # (P * n, D)
-    groups = []
-    for i in range(0, len(each), n):
-        group = slice(i, i + n)
-        texts, quality = rollout.texts[group], scores[group]
-        threshold = threshold_of(judges.reward, each[i]["task"])
-        metrics = group_metrics(texts, quality, phi[group], threshold)
-        tokens = rollout.mask[group].sum().item()
-        metrics["mean_tokens"] = tokens / n
-        metrics["truncated"] = rollout.truncated[group].sum().item() / n
-        if judges.fluency is not None:
-            with torch.no_grad():
-                logp = token_logps(judges.fluency, rollout.select(group))   # (n, T)
-            metrics["nll"] = -logp.sum().item() / tokens
-        groups.append((metrics, [dict(response=t, quality=q) for t, q in zip(texts, quality)]))
-    return groups
+def evaluate(name, policy, encoder, reward, rows, options, judge=None, keep=None):
+    """n responses to each row, measured: the objects of --json, one per task.
+
+    policy: (model, tokenizer); judge: a model whose negative log-likelihood is fluency
+    keep:   a function that gets each prompt's responses, a list of dicts"""
+    set_seed(options.seed)
+    (model, tokenizer), n, drawn, per_task = policy, options.n, [], {}
+    k = max(m for m in range(1, min(n, options.batch) + 1) if n % m == 0)  # n, if it fits
+    P = max(1, options.batch // k)
+    ids = [dqo.prompt_ids(tokenizer, row["prompt"], options.template)
+           for row in rows for _ in range(n // k)]
+    for i in tqdm(range(0, len(ids), P), leave=False, disable=None):
+        rollout = dqo.sample(model, tokenizer, ids[i:i + P], k, options.max_new_tokens,
+                             options.temperature)
+        columns = [rollout.mask.sum(-1), rollout.truncated]  # (P, k) each
+        if judge:
+            columns.append(-dqo.logps_of(judge, rollout, dqo.Config()).sum(-1))
+        drawn += zip(rollout.texts, rollout.whole, *(x.flatten().tolist() for x in columns))
+        while len(drawn) >= n:  # all of the next row is there
+            row = rows[sum(map(len, per_task.values()))]
+            (texts, whole, *numbers), drawn = zip(*drawn[:n]), drawn[n:]
+            tokens, truncated, *nll = map(sum, numbers)
+            scores = reward([row["prompt"]] * n, list(texts), [row] * n)
+            phi = dqo.embed(encoder, texts)
+            metrics = group_metrics(texts, scores, phi, threshold_of(row["_task"], options))
+            metrics |= dict(mean_tokens=tokens / n, truncated=truncated / n)
+            metrics |= dict(nll=nll[0] / tokens) if judge else {}
+            per_task.setdefault(row["_task"], []).append(metrics)
+            if keep:
+                keep([dict(model=name, task=row["_task"], prompt=row["prompt"], response=text,
+                           quality=score) for text, score in zip(whole, scores)])
+    return [dict(model=name, task=task, prompts=len(found), n=n,
+                 threshold=threshold_of(task, options), **over(found, torch.mean),
+                 se=over(found, standard_error)) for task, found in per_task.items()]
 
 
-# ---------------------------------------------------------------------------- the command line
-def flags():
-    p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    d = RunConfig()
-    p.add_argument("models", nargs="+", metavar="MODEL",
-                   help="folder or hub id; a run folder is one")
-    p.add_argument("--data", default=d.data,
-                   help="tasks by name, or prompts: a .jsonl file, its https:// address, "
-                        "or a hub dataset")
-    p.add_argument("--reward",
-                   help="reward by name, hf:MODEL, or file.py:function [the task's own]")
-    p.add_argument("--threshold", type=float, help="quality of what is correct [the reward's]")
-    p.add_argument("--encoder", default=d.encoder, help="sentence-transformers model")
-    p.add_argument("--encoder-prompt", help="what the encoder reads before each response")
-    p.add_argument("--n", type=int, default=16, help="responses per prompt [16]")
-    p.add_argument("--batch", type=int, default=256, help="responses sampled at once [256]")
-    p.add_argument("--temperature", type=float, default=1.0, help="[1]; 0: the likeliest tokens")
-    p.add_argument("--max-new-tokens", type=int,
-                   help="longest response [that of the runs; data/tiny alone: 24; else 256]")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--limit", type=int, default=0,
-                   help="only the first N prompts of each task")
-    p.add_argument("--skip-long", action="store_true",
-                   help="leave out prompts that are too long for a model's context")
-    p.add_argument("--plain", action="store_true", help="no chat template")
-    p.add_argument("--template-args", help="for the chat template, as JSON")
-    p.add_argument("--prompt-key", default="prompt")
-    p.add_argument("--answer-key", default="answer")
-    p.add_argument("--judge", metavar="MODEL",
-                   help="also report the mean negative log-likelihood per token under this "
-                        "model (fluency)")
-    p.add_argument("--json", metavar="FILE", help="write the results")
-    p.add_argument("--samples", metavar="FILE",
-                   help="write every response with its quality, one JSON object per line")
-    p.add_argument("--plot", metavar="FILE.png",
-                   help="quality-diversity plane and pass@n curves")
-    return p
+def threshold_of(task, options):
+    """From which reward a response is correct: as given, or that of the task whose reward it is."""
+    given = options.threshold
+    return task_of(options.reward or task).threshold if given is None else given
 
 
-def default_max_new_tokens(names):
-    """One length for all models, or they could not be compared: what the runs among them were
-    trained with, at most; without a run 24 for the tiny base model, else 256."""
-    runs = []
-    for name in names:
-        of_checkpoint = Path(name).resolve().parent.parent  # RUN of RUN/checkpoints/step-N
-        for folder in (Path(name), of_checkpoint):
-            if (folder / "run.json").is_file():
-                runs.append(folder / "run.json")
+def table(results, labels=None):
+    """A block per task: metrics down, all or some, models across."""
+    models, lines = by_model(results), []
+    about = {result["task"]: "{task}: {prompts} prompts, {n} responses each, correct from "
+             "{threshold}".format(**result) for result in results}
+    for task in next(iter(models.values()), ()):
+        lines.append(f"\n{about.get(task, task):<56}" + "".join(f"{m[-19:]:>20}" for m in models))
+        columns = [[labelled(tree) for tree in tasks[task]] for tasks in models.values()]
+        for label in (x for x in columns[0][0] if not labels or x in labels):
+            cells = (f"{mean[label]:12.3f} ± {se[label]:.3f}" for mean, se in columns)
+            lines.append(f"  {label:<54}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def plot(results, path):
+    """Left: the quality-diversity plane. Right: pass@n, or max@n where nothing is correct."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4.4), dpi=150, layout="tight")
+    plane, curve = figure.subplots(1, 2)
+    for name, tasks in by_model(results).items():
+        mean, se = list(tasks.values())[-1]  # over the tasks
+        x = "distinct_correct" if "pass_at" in mean else "distinct_4"
+        best = mean.get("pass_at") or mean["max_at"]
+        plane.errorbar(mean[x], mean["quality"], se["quality"], se[x], "o", label=name)
+        curve.plot(list(best), list(best.values()), "o-")
+    plane.set(xlabel=x, ylabel="quality", title="with standard errors")
+    curve.set(xlabel="n", ylabel="quality", title="the best of n responses")
+    plane.legend()
+    figure.savefig(path)
+
+
+# ------------------------------- the command line
+def run(main):
+    """Run main; what the user can mend becomes one line, and exit status 2."""
+    logging.disable_progress_bar()
     try:
-        configs = [json.loads(run.read_text("utf-8"))["config"] for run in runs]
-        found = [int(config["max_new_tokens"]) for config in configs]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        files = " or ".join(map(str, runs))
-        raise BadInput(f"{files} is not the run.json of a run "
-                       f"({type(error).__name__}: {error}); give --max-new-tokens") from None
-    if found:
-        return max(found)
-    return 24 if all(map(is_tiny, names)) else 256
+        main()
+    except (BadInput, FloatingPointError, ModuleNotFoundError) as error:
+        package = (getattr(error, "name", None) or "").partition(".")[0]  # an optional one
+        hint = f": pip install {package.replace('_', '-')}" if package else ""
+        print(f"{Path(sys.argv[0]).name}: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
-def check(args):
-    """Refuse what cannot work before anything is loaded."""
-    if args.limit < 0:
-        raise BadInput(f"--limit {args.limit}: it must be at least 0 (all)")
-    if args.batch < 1:
-        raise BadInput(f"--batch {args.batch}: it must be at least 1")
-    if args.n < 1:
-        raise BadInput(f"--n {args.n}: it must be at least 1")
-    if args.plot:
-        check_picture(args.plot)
-    terminal.check_writable(args.json, args.samples, args.plot)
-    RunConfig(
-        temperature=args.temperature or 1.0,  # 0 is for measuring only
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    ).check()
+def parser_of(options):
+    """A parser of the fields of a dataclass, whose comments are the help texts."""
+    source = "".join(inspect.getsource(c) for c in reversed(options.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    for field in fields(options):
+        field.metadata = dict(help=comments[field.name].replace("%", "%%"))
+    return HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
+                            allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
 
 
-def compare(args):
-    check(args)
-    length = args.max_new_tokens or default_max_new_tokens(args.models)
-    template_args = json_object("--template-args", args.template_args)
-    sampling = Sampling(args.n, length, args.temperature, args.seed, args.plain, template_args,
-                        args.batch)
-    records = load_rows(args.data, "test", args.limit, args.prompt_key, args.answer_key)
-    reward = load_reward(args.reward, args.data, args.threshold)
-    check_rows(records, reward)
-    judges = Judges(load_encoder(args.encoder, prompt=args.encoder_prompt), reward)
-    if args.judge:
-        judges.fluency = load_model(args.judge)[0]
-
-    def loaded(name, records):
-        """(model and tokenizer, the records that fit), or BadInput."""
-        policy = load_model(name)
-        fit = prepare(records, *policy, length, args.plain, template_args, args.skip_long)
-        if args.judge and vocabulary(judges.fluency) != vocabulary(policy[0]):
-            raise BadInput(f"--judge {args.judge}: its vocabulary is not that of {name}")
-        return policy, fit
-
-    fit = records
-    for name in args.models[1:]:  # before the first is measured: one may be misspelt
-        fit = loaded(name, fit)[1]
-    results, kept, last_words, faults = [], [], [], []
-    for name, label in zip(args.models, labels(args.models)):
-        policy, fit = loaded(name, fit)
-        first = len(kept)
-        results += evaluate(label, policy, judges, fit, sampling, kept)
-        texts = [line["response"] for line in kept[first:]]
-        last_words.append(window_warning(judges.encoder, texts, f"responses of {label}"))
-        faults = terminal.write_each({  # already now: the next model may fail
-            args.json: lambda path: path.write_text(to_json(results, indent=1), "utf-8"),
-            args.samples: lambda path: path.write_text("".join(map(json_line, kept)), "utf-8"),
-            args.plot: lambda path: plot(results, path)})
-        del policy  # there is no room for two
-    if args.skip_long:
-        print(f"{len(records) - len(fit)} of {len(records)} prompts were skipped: too long")
-    print(table(results))
-    for line in filter(None, last_words):
-        print(line)
-    if faults:
-        raise BadInput("; ".join(faults))
+def JSON(text):
+    return {**json.loads(text)}
 
 
-def labels(names):
-    """Columns of the table: the same model named twice is two of them."""
-    seen = Counter()
+def use_one_thread(model):
+    """Two are little faster for a small model, far slower on a busy machine, other digits."""
+    if model.device.type == "cpu" and model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)
+        print("a small model on a CPU: one thread")
+
+
+def load_policy(name):
+    """(model, tokenizer); the adapters of a --lora run that has not ended are merged."""
+    if not Path(name, "adapter_config.json").is_file():
+        return dqo.load_model(name)
+    from peft import PeftConfig, PeftModel
+    base, tokenizer = dqo.load_model(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    return PeftModel.from_pretrained(base, name).merge_and_unload(), tokenizer
+
+
+def append(path, rows):
+    """Lines at the end of a .jsonl file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@dataclass
+class Common:
+    """Flags of train.py, too."""
+
+    data: str = "instruct,summarize,story,reason"  # tasks, files, or data sets of the hub
+    reward: str | None = None       # a task's, hf:MODEL, or file.py:function [the task's own]
+    threshold: float | None = None  # quality of what is correct [the task's]; --threshold=-1e-3
+    encoder: str = dqo.MINILM       # a sentence-transformers model
+    template: JSON = None           # of the chat template: '{"enable_thinking": false}'
+    limit: int = 0                  # only the first prompts of each task
+    n: int = 16                     # responses per prompt that is measured
+    batch: int = 256                # of them sampled at once
+    seed: int = 0                   # of all that is random
+
+
+@dataclass
+class Options(Common):
+    split: str = "test"             # train, test, or hard
+    temperature: float | None = None   # 0: the likeliest tokens [the run's, else 1]
+    max_new_tokens: int | None = None  # longest response [the run's; data/tiny: 24; else 256]
+    judge: str | None = None        # a model of the same tokens, to measure fluency
+    json: str | None = None         # a file for the results
+    samples: str | None = None      # a file for every response
+    plot: str | None = None         # a file for a picture
+
+
+def check(options, names):
+    """Refuse what cannot work; take what is open from the runs among the models."""
+    for path in filter(None, (options.json, options.samples, options.plot)):
+        if Path(path).exists() or not Path(path).absolute().parent.is_dir():
+            raise BadInput(f"{path}: it exists, or its folder does not")
+    if options.n < 1 or options.batch < 1 or (options.temperature or 0) < 0:
+        raise BadInput("--n and --batch are at least 1, --temperature at least 0")
     for name in names:
-        seen[name] += 1
-        yield name if seen[name] == 1 else f"{name} ({seen[name]})"
+        steps = sorted(Path(name).glob("step-*"), key=lambda path: int(path.name[5:]))
+        if steps and not Path(name, "config.json").is_file():
+            raise BadInput(f"{name} has not ended: evaluate {steps[-1]}")
+    folders = [Path(x).parent if Path(x).name.startswith("step-") else Path(x) for x in names]
+    files = [folder / "run.json" for folder in folders]
+    runs = [json.loads(path.read_text("utf-8")) for path in files if path.is_file()]
+    tiny = all(Path(name).name == "tiny" for name in names)
+    usual = dict(temperature=1.0, template=None, max_new_tokens=24 if tiny else 256)
+    for key in usual:
+        values = [run[key] for run in runs] or [usual[key]]
+        if getattr(options, key) is None:
+            setattr(options, key, values[0])
+            if any(value != values[0] for value in values):
+                raise BadInput(f"the runs differ in {key}, {values}: give --{key}")
 
 
-def json_line(value):
-    return to_json(value) + "\n"
-
-
-def vocabulary(model):
-    return model.get_input_embeddings().num_embeddings
-
-
-def main(argv=None):
-    """Exit status: 0 done, 2 bad input, else see data/terminal.py."""
-    def work():
-        with memory_hint("a smaller --batch or --max-new-tokens needs less"):
-            compare(flags().parse_args(argv))
-    return terminal.run("eval.py", work)
+def main():
+    parser = parser_of(Options)
+    parser.add_argument("models", nargs="+", help="folders or hub ids; a run folder is one")
+    parser.parse_args()  # refuses unknown flags
+    options, names = parser.parse_args_into_dataclasses()
+    check(options, names.models)
+    rows = load_rows(options.data, options.split, options.limit)
+    reward = load_reward(options.reward, rows)
+    encoder = loaded("--encoder", dqo.load_encoder, options.encoder)
+    judge, judges = loaded("--judge", dqo.load_model, options.judge) if options.judge else (None, 0)
+    results = []
+    with ExitStack() as after:
+        after.callback(lambda: print(table(results)))
+        for name in names.models:
+            policy = loaded("MODEL", load_policy, name)
+            use_one_thread(policy[0])
+            if judge and judges.get_vocab() != policy[1].get_vocab():
+                raise BadInput(f"--judge {options.judge}: its tokens are not those of {name}")
+            fit = fitting(rows, *policy, options)
+            keep = options.samples and (lambda lines: append(options.samples, lines))
+            results += evaluate(name, policy, encoder, reward, fit, options, judge, keep)
+            if options.json:  # the next model may fail
+                Path(options.json).write_text(json.dumps(results, indent=1), "utf-8")
+            del policy  # there is no room for two
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,362 +1,312 @@
-"""Train a language model with DQO, or with one of the objectives beside it.
+"""Train a language model with DQO, or with another objective.
 
-    python train.py                                    # the tiny model on four small tasks, CPU
-    python train.py --objective grpo --out runs/grpo   # the same without diversity, to compare
-    python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl --reward my.py:score
-    python train.py --resume runs/dqo                  # after a crash: the very same weights
+    python train.py                       # the tiny model on four small tasks, CPU
+    python train.py --objective grpo      # the same without diversity, to compare
+    python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k
+    python train.py --model MODEL --data my.jsonl --reward my.py:score --lora 16
+    python train.py --resume runs/dqo     # after a crash or Ctrl-C
 
-What happens in a step is `dqo.dqo_step`, what is in the run folder data/runs.py. This file only
-reads flags, feeds prompts and shows progress.
+What happens in a step is `dqo.dqo_step`. A run folder is a transformers model, beside run.json, the
+flags; metrics.jsonl, a line per step; samples.jsonl, every response: read it; step-N, to resume.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import functools
+import hashlib
+import inspect
 import json
+import os
 import random
-import shlex
+import re
+import shutil
+import signal
 import sys
 import time
-import traceback
-import typing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
 from tqdm import tqdm
+from transformers import set_seed
 
-from data import lora, options, pictures, report, runs, terminal
-from data.models import (
-    checkpoint_activations,
-    halve,
-    json_object,
-    load_encoder,
-    load_model,
-    memory_hint,
-)
-from data.objectives import load_objective
-from data.options import RunConfig
-from data.prompts import load_rows, prepare
-from data.runs import Setup
-from data.scoring import check_rows, load_reward
-from dqo import BadInput, dqo_step
-from eval import Judges, Sampling, evaluate
+import dqo
+import eval
+from data.tasks import function_in, load_reward, load_rows, loaded, task_of
+from dqo import BadInput
 
-EVAL_PROMPTS, EVAL_N = 32, 16  # the last table: test prompts per task at most, responses each
+# Defaults of data/tiny and of others. A real model needs a small lr and a KL penalty, or it
+# unlearns its language. Adapters start at 0 and want ten times the lr.
+TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
+REAL = dict(lr=5e-6, beta=0.02, max_new_tokens=256, steps=None, micro_batch=16)
+SUMMARY = "quality", "pass@16", "max@16", "distinct correct", "effective diversity"  # at the end
+RIVALS = dqo.ROOT / "data/results/rivals.py"  # objectives by name
 
 
-TOO_LARGE = ("the weights, their gradients and AdamW's state take 16 bytes per parameter, and with "
-             "--beta above 0 the reference more: a smaller --model, or --lora 16, needs less")
+@dataclass
+class Options(eval.Common, dqo.Config):
+    model: str = "data/tiny"        # a folder or hub id
+    lora: int = 0                   # train adapters of this rank in place of all weights
+    gradient_checkpointing: bool = False  # a third more time, far less memory
+    lr: float | None = None         # of AdamW; decays over the second half [tiny: 3e-4, 5e-6]
+    steps: int | None = None        # [tiny: 640, else one pass over the data, at most 1000]
+    prompts: int = 8                # per step
+    save_every: int = 100           # steps between checkpoints
+    out: str | None = None          # the run folder [runs/OBJECTIVE, or the next free one]
+    resume: str | None = None       # a run folder to go on with; flags beside it are changed
 
 
-# -------------------------------------------------------------------------------------- flags
-def parse(argv=None):
-    """RunConfig from the command line. With --resume it comes from the run, but for a few."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
-    hints = typing.get_type_hints(RunConfig)
-    for field in dataclasses.fields(RunConfig):
-        add_flag(parser, field, hints[field.name])
-    given = vars(parser.parse_args(argv))  # only what was given, see `add_flag`
-    if "objective" in given:
-        load_objective(given["objective"])
-    if "template_args" in given:
-        given["template_args"] = json_object("--template-args", given["template_args"])
-    config = RunConfig(**given)
-    config.check()
-    if config.resume is None:
-        return config
-    for name in given:
-        if name not in ("resume", *runs.CHANGEABLE):
-            raise BadInput(f"{flag(name)} cannot be given with --resume: everything but "
-                           f"{', '.join(map(flag, runs.CHANGEABLE))} is taken from "
-                           f"{config.resume}/run.json")
-    return runs.resumed(**given)
+def parse():
+    """(options, hashes of inputs): with --resume those of the run, and over them what is given."""
+    parser = eval.parser_of(Options)
+    first, stored = parser.parse_args(), {}
+    if first.resume:
+        path = Path(first.resume, "run.json")
+        if not path.is_file():
+            raise BadInput(f"--resume {first.resume}: there is no run.json in it")
+        stored = json.loads(path.read_text("utf-8"))
+        parser.set_defaults(**dict(stored, out=first.resume))
+    else:
+        tiny = Path(first.model).resolve() == Path("data/tiny").resolve()
+        out = f"runs/{first.objective.rpartition(':')[2]}"
+        outs = [out, *(f"{out}-{i}" for i in range(2, 1000))]
+        usual = dict(TINY if tiny else REAL, out=next(x for x in outs if not Path(x).exists()))
+        usual["lr"] *= 10 if first.lora else 1
+        parser.set_defaults(**usual, alpha=default_alpha(first.objective))
+    options, *_ = parser.parse_args_into_dataclasses()
+    default_alpha(options.objective)
+    if not first.resume and Path(options.out).exists():
+        raise BadInput(f"{options.out} exists: give --resume, or another --out")
+    least = dict.fromkeys(("alpha", "lr", "beta", "lora", "limit"), 0) | dict(temperature=0.01)
+    least |= dict.fromkeys(("steps", "prompts", "max_new_tokens", "epochs", "micro_batch",
+                            "save_every"), 1)
+    least["k"] = 1 if options.baseline == "none" else 3 if options.alpha else 2  # or no signal
+    for name in least:
+        value = getattr(options, name)
+        if value is not None and not value >= least[name]:
+            raise BadInput(f"--{name} {value}: here it is at least {least[name]}")
+    for name in stored.keys() & vars(options).keys() - {"resume", "out"}:
+        if stored[name] != getattr(options, name):
+            print(f"--{name}: {stored[name]} -> {getattr(options, name)}")
+    return options, stored.get("inputs", {})
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+def default_alpha(name):
+    """The default strength of an objective, which dqo_step then knows by its name."""
+    if name not in dqo.OBJECTIVES:
+        try:
+            dqo.OBJECTIVES[name] = function_in(name if ":" in name else f"{RIVALS}:{name}")
+        except BadInput as error:
+            raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}, and as "
+                           f"file.py:function {error}") from None
+    alpha = inspect.signature(dqo.OBJECTIVES[name]).parameters.get("alpha")
+    if not isinstance(getattr(alpha, "default", None), (int, float)):
+        raise BadInput(f"--objective {name}: it needs a parameter alpha=NUMBER")
+    return alpha.default
 
 
-def add_flag(parser, field, hint):
-    """The flag of a field. Not given, it is absent from the result: beside --resume even a flag
-    that repeats the default is a contradiction."""
-    meaning = field.metadata["help"]
-    if field.default not in (None, False):
-        meaning += f" [{field.default}]"
-    if hint is bool:
-        parser.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS,
-                            help=meaning)
+def inputs_of(options):
+    """{file: hash} of what a resumed run should find as it was."""
+    files = [task_of(name).source for name in options.data.split(",")]
+    files += [str(name).rpartition(":")[0] for name in (options.reward, options.objective)]
+    if options.lora or options.beta > 0:  # the reference
+        folder = Path(options.model) if Path(options.model).exists() else dqo.ROOT / options.model
+        files += folder.glob("*.safetensors")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for path in map(Path, files) if path.is_file()}
+
+
+# ------------------------- the model and its copy
+def load(options, checkpoint):
+    """(model, tokenizer, reference, optimizer, known embeddings), at the start or a checkpoint."""
+    start = checkpoint if checkpoint and not options.lora else options.model
+    model, tokenizer = loaded("--model", dqo.load_model, str(start))
+    reference = None
+    if options.lora:  # adapters beside frozen weights; switched off, it is the reference
+        from peft import LoraConfig, PeftModel, get_peft_model
+        if checkpoint:
+            model = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        else:
+            model = get_peft_model(model, LoraConfig(
+                r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear"))
+        reference = AdaptersOff(model)
+    elif options.beta > 0:
+        reference = dqo.load_model(options.model)[0].requires_grad_(False)
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0, fused=True)
+    if not checkpoint:
+        return model, tokenizer, reference, optimizer, {}
+    state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(state["optimizer"])
+    return model, tokenizer, reference, optimizer, state["known"]
+
+
+class AdaptersOff:
+    """The starting model, within the one that is trained."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+# --------------------------------- the run folder
+def checkpoints(out):
+    return sorted(out.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save(out, step, model, tokenizer, optimizer, known):
+    """All that the next step needs; its random numbers are a function of the seed and the step.
+    Written under another name and renamed: a folder called step-N is complete."""
+    if (out / f"step-{step}").exists():
         return
-    kinds = typing.get_args(hint) or (hint,)  # int | None -> int, NoneType
-    kind = str if kinds[0] is dict else kinds[0]  # JSON: `parse` reads it
-    parser.add_argument(flag(field.name), type=kind, default=argparse.SUPPRESS,
-                        choices=field.metadata.get("choices"), help=meaning)
+    new = out / "writing"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)  # of LoRA, the adapters alone
+    tokenizer.save_pretrained(new)
+    torch.save(dict(optimizer=optimizer.state_dict(), known=known), new / "state.pt")
+    os.replace(new, out / f"step-{step}")
+    for old in checkpoints(out)[:-1]:
+        shutil.rmtree(old)
 
 
-# ------------------------------------------------------------------------------------ prompts
-@functools.lru_cache(maxsize=2)
-def order(count, seed, epoch):
-    return random.Random(f"{seed} {epoch}").sample(range(count), count)
+def cut(path, step):
+    """Drop what was logged after a checkpoint: it will be run again."""
+    whole = path.read_text("utf-8").split("\n")[:-1]  # the last line may be half-written
+    path.write_text("".join(x + "\n" for x in whole if json.loads(x)["step"] <= step), "utf-8")
 
 
+# --------------------------------------- training
 def batch_of(rows, step, prompts, seed):
-    """The rows of one step: shuffled passes over the data, a function of (seed, step) alone."""
+    """The rows of one step: shuffled passes over the data, a function of seed and step alone."""
     batch = []
     for position in range((step - 1) * prompts, step * prompts):
         epoch, i = divmod(position, len(rows))
-        batch.append(rows[order(len(rows), seed, epoch)[i]])
+        if i == 0 or not batch:
+            order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
+        batch.append(rows[order[i]])
     return batch
 
 
-def load_prompts(config):
-    """(training rows, test rows, reward), each row checked against the reward."""
-    keys = config.prompt_key, config.answer_key
-    rows = load_rows(config.data, "train", config.limit, *keys)
-    test_limit = min(config.limit or EVAL_PROMPTS, EVAL_PROMPTS)
-    test_rows = load_rows(config.data, "test", test_limit, *keys)
-    reward = load_reward(config.reward, config.data, config.threshold)
-    check_rows(rows + test_rows, reward)
-    return rows, test_rows, reward
+def warn_of_date(template, given):
+    """With such a chat template the same seed is another run tomorrow."""
+    guarded = r"if not (\w+) is defined.*?set \1 = strftime_now\(.(.*?).\)"
+    found = re.search(guarded, str(template), re.S)
+    if "strftime_now" in str(template) and not (found and found[1] in (given or {})):
+        fix = "begin each prompt with a system message"
+        if found:
+            fix = f"""--template '{{"{found[1]}": "{time.strftime(found[2])}"}}'"""
+        print(f"WARNING  the chat template writes today's date. What fixes it: {fix}")
 
 
-# ----------------------------------------------------------------------------------- training
-def train(config):
-    """Everything, from files to the table at the end. Returns the exit status."""
-    with contextlib.ExitStack() as held:  # the run folder, against a second process
-        return train_alone(config, held)
+def show(step, samples, metrics):
+    """One prompt's group, best advantage first."""
+    print(f"step {step}  {str(samples[0]['prompt'])[-90:]!r}\n  quality   gain  advantage")
+    for x in sorted(samples, key=lambda x: -x["advantage"]):
+        numbers = "{quality:9.2f}  {gain:5.3f}  {advantage:+9.2f}".format(**x)
+        print(f"{numbers}   {x['response'][:90]!r}")
+    if metrics["quality_std"] < 1e-6 or metrics["truncated"] > 0.5:
+        print("  WARNING  {truncated:.0%} of the responses were cut off, and qualities differ by "
+              "{quality_std:.2f} within a group: is there a signal?".format(**metrics))
 
 
-def train_alone(config, held):
-    out, done, start_from = None, 0, config.model
-    if config.resume:
-        out = Path(config.out)
-        done = runs.last_step(out, config.steps)
-        held.enter_context(runs.locked(out))
-        start_from = f"{out}/checkpoints/step-{done}"
-    rows, test_rows, reward = load_prompts(config)
-    model, tokenizer = policy(config, start_from)
-    rows, test_rows = fitting(config, model, tokenizer, rows, test_rows)
-    options.fill_defaults(config, len(rows))
-    encoder = load_encoder(config.encoder, prompt=config.encoder_prompt)
-    setup = Setup(model, tokenizer, encoder, reward, optimizer_of(model, config))
-    setup.reference = reference(config, model)
+def train(options, inputs):
+    """From files to the table at the end. inputs: the hashes with which a resumed run began."""
+    out, done, checkpoint = Path(options.out), 0, None
+    rows, test_rows = (load_rows(options.data, split, limit) for split, limit in (
+        ("train", options.limit), ("test", min(options.limit or 32, 32))))
+    reward = load_reward(options.reward, rows + test_rows)
+    encoder = loaded("--encoder", dqo.load_encoder, options.encoder)
+    if options.resume and checkpoints(out):
+        checkpoint = checkpoints(out)[-1]
+        done = int(checkpoint.name.removeprefix("step-"))
+    set_seed(options.seed)
+    model, tokenizer, reference, optimizer, known = load(options, checkpoint)
+    eval.use_one_thread(model)
+    rows, test_rows = (eval.fitting(part, model, tokenizer, options) for part in (rows, test_rows))
+    options.steps = options.steps or min(1000, -(-len(rows) // options.prompts))
+    open_run(out, done, options, inputs)
+    print(options, f"{model.num_parameters():,} parameters, {len(rows)} prompts", sep="\n")
+    warn_of_date(tokenizer.chat_template, options.template)
 
-    if config.resume:
-        runs.restore(out, done, config, setup)
-        with runs.explained(f"cannot write to {out}"):
-            runs.cut_log(out / "metrics.jsonl", done)
-            runs.cut_log(out / "samples.jsonl", done)
-        runs.write_run(out, config)  # --steps may be new
-    else:
-        out = runs.open_run(config, held)
-        runs.seed_everything(config.seed)
+    stop = []  # the first Ctrl-C or SIGTERM ends the run after its step, a second one at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: sys.exit(128 + n) if stop else stop.append(n))
+    bar = tqdm(range(done + 1, options.steps + 1), initial=done, total=options.steps,
+               mininterval=1 if sys.stderr.isatty() else 60)
+    for step in bar:
+        began = time.time()
+        set_seed((options.seed * 1_000_003 + step) % 2 ** 32)
+        lr = options.lr * min(1.0, 2 * (1 - (step - 1) / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = batch_of(rows, step, options.prompts, options.seed)
+        try:
+            metrics, samples = dqo.dqo_step(
+                model, tokenizer, encoder, reward, optimizer, batch, options, reference, known)
+        except Exception:  # of the reward, say: nothing of this step is in the weights yet
+            if options.epochs == 1 and step > done + 1:
+                save(out, step - 1, model, tokenizer, optimizer, known)
+                print(f"\nstep {step} failed; to repeat it: python train.py --resume {out} (out of "
+                      "memory: --micro-batch 4 --gradient-checkpointing)")
+            raise
+        metrics |= dict(step=step, lr=lr, step_s=time.time() - began)
+        shown = ("quality", "log_det", "distinct", "length")
+        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown}, refresh=False)
+        eval.append(out / "metrics.jsonl", [metrics])
+        eval.append(out / "samples.jsonl", [dict(step=step, **sample) for sample in samples])
+        if step == 1 or step % max(1, options.steps // 4) == 0:
+            show(step, samples[:options.k], metrics)
+        if step % options.save_every == 0 or step == options.steps or stop:
+            save(out, step, model, tokenizer, optimizer, known)  # after the logs: see `cut`
+        if stop and step < options.steps:
+            print(f"\nstopped after step {step}; to go on: python train.py --resume {out}")
+            sys.exit(128 + stop[0])
 
-    start = time.time()
-    with runs.noted_signals() as received:
-        if not config.resume:
-            runs.save_checkpoint(out, 0, config, setup, runs.random_state())
-        with terminal.closing_noted(received):
-            report.introduce(config, model, tokenizer, rows, done, reward)
-        step = loop(config, out, done, setup, rows, received)
-    if received and step < config.steps:
-        with terminal.closing_noted(received):
-            print(f"\nstopped after step {step}, everything is saved. To go on:\n"
-                  f"  python train.py --resume {shlex.quote(str(out))}",
-                  file=sys.stderr if terminal.SIGPIPE in received else sys.stdout)
-        return 128 + received[0]
-    with runs.explained(f"cannot save the model to {out}"):
-        trained(config, model).save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    print(f"\ntrained {config.steps - done} steps in {time.time() - start:.0f} s")
-    with memory_hint(f"training is over, and the model is in {out}; for a table: python eval.py "
-                     f"{shlex.quote(config.model)} {shlex.quote(str(out))} --batch 64"):
-        conclude(config, setup, test_rows)
-    return 0
-
-
-def fitting(config, model, tokenizer, *parts):
-    """The training and the test rows that the model can be given, with --skip-long only those
-    that are not too long."""
-    length = config.max_new_tokens or options.defaults_of(config)["max_new_tokens"]
-    fit = [prepare(rows, model, tokenizer, length, config.plain, config.template_args,
-                   config.skip_long) for rows in parts]
-    if config.skip_long:
-        total = sum(map(len, parts))
-        print(f"{total - sum(map(len, fit))} of {total} prompts, training and test, are skipped: "
-              "too long")
-    return fit
-
-
-def policy(config, start_from):
-    """(the model to train, its tokenizer), as after the step of a checkpoint or from the start.
-    With --lora the checkpoint holds the adapters alone, which `runs.restore` loads."""
-    if not config.lora:
-        return load_model(start_from)
-    lora.peft()  # is it there? A large model takes minutes to load
-    model, tokenizer = load_model(config.model)
-    model = lora.with_adapters(model, config.model, config.lora, config.seed)
-    return halve(model), tokenizer
+    stop.append(0)  # from here on one signal is enough
+    model = model.merge_and_unload() if options.lora else model
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    before = dqo.load_model(options.model)[0] if options.lora or not reference else reference
+    policies = dict(base=(before, tokenizer), trained=(model, tokenizer))
+    conclude(out, options, policies, encoder, reward, test_rows)
 
 
-def reference(config, model):
-    """The starting model, or None if nothing needs it."""
-    if config.lora:
-        return lora.AdaptersOff(model)
-    if config.beta > 0:
-        return halve(load_model(config.model)[0].requires_grad_(False))
-    return None
-
-
-def trained(config, model):
-    """The model that the run ends in: with --lora, the adapters of the last checkpoint merged
-    into another copy of the model, on the CPU, since the table compares with them off."""
-    if config.lora:
-        return load_model(f"{config.out}/checkpoints/step-{config.steps}", "cpu")[0]
-    return model
-
-
-def optimizer_of(model, config):
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]  # with --lora a few
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
-
-
-def learning_rate(config, step):
-    """Constant, then linear to 0 over the second half, to average out the noise."""
-    return config.lr * min(1.0, 2 * (1 - (step - 1) / config.steps))
-
-
-def loop(config, out, done, setup, rows, received):
-    """The steps after `done`, until a signal is received. Returns the last."""
-    step, start = done, time.time()
-    bar = tqdm(total=config.steps, initial=done, desc=config.objective, dynamic_ncols=True,
-               disable=not sys.stderr.isatty())
-    with bar:
-        for step in range(done + 1, config.steps + 1):
-            for group in setup.optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            metrics, samples = one_step(config, out, step, setup, rows)
-            with terminal.closing_noted(received):  # as in `| head`: that is a Ctrl-C
-                show_progress(bar, step, metrics, (time.time() - start) / (step - done))
-                if step == 1 or step % max(1, config.steps // 4) == 0:
-                    report.show_group(step, samples[:config.k], metrics)
-                if step == 1:
-                    report.after_first_step(metrics, samples, config, setup.reward)
-            if step % config.save_every == 0 or step == config.steps or received:
-                # after the logs of the step, see `cut_log`
-                runs.save_checkpoint(out, step, config, setup, runs.random_state())
-            if received:
-                break
-    return step
-
-
-def one_step(config, out, step, setup, rows):
-    """A step and its lines in the logs. If a number is not finite, what was learned is saved."""
-    began, before = time.time(), runs.random_state()
-    batch = batch_of(rows, step, config.prompts, config.seed)
+def open_run(out, done, options, inputs):
+    """The run folder, of this process alone, with the logs up to the step that is done."""
     try:
-        with memory_hint(functools.partial(less_memory, config)):
-            metrics = dqo_step(setup.model, setup.tokenizer, setup.encoder, setup.reward,
-                               setup.optimizer, batch, config, setup.reference, setup.memory)
-    except BadInput as error:
-        if config.epochs == 1:  # raised before the weights were touched
-            runs.save_checkpoint(out, step - 1, config, setup, before)
-        last = max(runs.checkpoints(out))
-        raise BadInput(f"step {step}: {error}; --resume {shlex.quote(str(out))} goes on after "
-                       f"step {last}") from None
-    samples = metrics.pop("samples")
-    texts = [sample["response"] for sample in samples]
-    metrics["step_s"] = time.time() - began
-    metrics["beyond_window"] = report.share_beyond_window(setup.encoder, texts)
-    runs.append(out / "metrics.jsonl", [dict(step=step, **metrics)])
-    runs.append(out / "samples.jsonl", [dict(step=step, **sample) for sample in samples])
-    return metrics, samples
+        out.mkdir(parents=True, exist_ok=True)
+        options.lock = filelock.FileLock(out / ".lock")  # held as long as the options live
+        options.lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BadInput(f"another process is at work in {out}") from None
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error}") from None
+    for log in out.glob("*.jsonl"):
+        cut(log, done)
+    now = inputs_of(options)
+    for path in sorted(path for path in inputs if inputs[path] != now.get(path)):
+        print(f"WARNING  {path} is not what it was when the run began")
+    stored = dict(asdict(options), resume=None, inputs=now, torch=torch.__version__)
+    (out / "run.json").write_text(json.dumps(stored, indent=1))
 
 
-def less_memory(config, error):
-    """What to do when a step did not fit into memory."""
-    while_sampling = any(x.name == "sample" for x in traceback.extract_tb(error.__traceback__))
-    size = config.micro_batch or config.prompts * config.k
-    if while_sampling or (size == 1 and config.gradient_checkpointing):
-        return "a new run with a smaller --prompts, --k or --max-new-tokens needs less"
-    resume = f"python train.py --resume {shlex.quote(config.out)}"
-    ways = []
-    if size > 1:
-        ways.append(f"{resume} --micro-batch {size // 2}")
-    if not config.gradient_checkpointing:
-        ways.append(f"{resume} --gradient-checkpointing")
-    return f"what needs less: {', or '.join(ways)}"
-
-
-def show_progress(bar, step, metrics, pace):
-    """On a terminal a progress bar; elsewhere (a file, a pipe) a line per tenth of the run."""
-    state = (f"quality {metrics['quality']:.2f}, log det {metrics['log_det']:.2f}, "
-             f"distinct {metrics['distinct']:.2f}, length {metrics['length']:.1f}, "
-             f"truncated {metrics['truncated']:.2f}, {pace:.2f} s/step")
-    bar.set_postfix_str(state, refresh=False)
-    bar.update()
-    if bar.disable and step * 10 // bar.total > (step - 1) * 10 // bar.total:
-        print(f"step {step} of {bar.total}  {state}", file=sys.stderr, flush=True)
-
-
-# -------------------------------------------------------------------------------- the last word
-def conclude(config, setup, rows):
-    """The table base -> trained on the test prompts, a picture, and what to type next."""
-    base = setup.reference or load_model(config.model)[0]
-    sampling = Sampling(EVAL_N, config.max_new_tokens, config.temperature, plain=config.plain,
-                        template_args=config.template_args)
-    judges = Judges(setup.encoder, setup.reward)
-    before = evaluate("base", (base, setup.tokenizer), judges, rows, sampling)
-    after = evaluate("trained", (setup.model, setup.tokenizer), judges, rows, sampling)
-    picture = pictures.plot_run(config.out)
-    print(report.change(before, after))
-    if picture:
-        print(f"\nthe curves of the run: {picture}")
-    print(next_commands(config))
-
-
-def next_commands(config):
-    """A comparison with `grpo` shows what diversity changed; after one with grpo, the other."""
-    usual = vars(RunConfig(objective=config.objective)) | options.defaults_of(config)
-    ours = ("objective", "alpha", "kernel", "out", "overwrite", "resume")
-    same = flags_that_differ(config, usual, [name for name in usual if name not in ours])
-    if config.objective == "grpo":
-        return f"\nnext, the same with diversity:\n  python train.py{same}"
-    of_eval = ("data", "reward", "threshold", "encoder", "encoder_prompt", "temperature", "plain",
-               "template_args", "prompt_key", "answer_key", "skip_long")
-    other = shlex.quote(f"{config.out}-grpo")
-    models = f"{shlex.quote(config.model)} {shlex.quote(config.out)} {other}"
-    return (
-        "\nHow much of that is due to diversity? Next, the same without it, then both in one "
-        f"picture:\n  python train.py --objective grpo --out {other}{same}\n"
-        f"  python eval.py {models} --limit {EVAL_PROMPTS}"
-        f"{flags_that_differ(config, usual, of_eval)} --plot plane.png")
-
-
-def flags_that_differ(config, usual, names):
-    """The command line of the options that are not as usual."""
-    line = ""
-    for name, value in vars(config).items():
-        if name in names and value != usual[name]:
-            line += f" {flag(name)}"
-            if isinstance(value, dict):
-                value = json.dumps(value)
-            if value is not True:
-                line += f" {shlex.quote(str(value))}"
-    return line
-
-
-def main(argv=None):
-    """Exit status: 0 done, 2 bad input, 130 or 143 after SIGINT or SIGTERM, 141 when nobody reads
-    the output any more, all saved."""
-    def work():
-        with memory_hint(TOO_LARGE):
-            return train(parse(argv))
-    return terminal.run("train.py", work)
+def conclude(out, options, policies, encoder, reward, rows):
+    """The table, and the picture of it."""
+    results = []
+    for name, policy in policies.items():
+        results += eval.evaluate(name, policy, encoder, reward, rows, options)
+    print(eval.table(results, SUMMARY))
+    eval.plot(results, out / "run.png")
+    print(f"""
+The model is in {out}, a picture of this in {out}/run.png. Next, the same with --objective grpo, and
+side by side: python eval.py {options.model} {out} runs/grpo""")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    eval.run(lambda: train(*parse()))

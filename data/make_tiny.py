@@ -3,20 +3,17 @@
     python data/make_tiny.py     # rebuilds all, seeded; ten minutes on one core
 
 Nobody needs to run this: its output is committed. RL can only sharpen what the base model does now
-and then. So it is built to be **diverse and half right**: every prompt of its corpus has many right
-answers, some far more popular than others (Zipf), and 30-50 % of the answers are wrong as those of
-real models. That leaves quality to gain and diversity to lose: the experiment.
-
-Test prompts are neither in this corpus nor in RL training: new combinations of known parts; those
-of `instruct` and `reason` are hard besides, so that the base needs several attempts.
+and then. So it is **diverse and half right**: every prompt of its corpus has many right answers,
+some far more popular than others (Zipf), and 30-50 % are wrong as those of real models. Test
+prompts are new combinations of known parts, hard ones of rare categories and targets.
 """
 
 import json
 import math
 import random
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,86 +23,37 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data.rewards import (
-    ADJECTIVES, ADVERBS, BOUGHT, PREPOSITIONS, STORY_PLACES, SUBJECTS, VERBS)
+from data.tasks import WORDS
+
+w = SimpleNamespace(**WORDS)
 
 SEED, STEPS, LR = 0, 1500, 3e-3
-# responses per task and step: more for the harder
-SHARE = dict(instruct=10, summarize=56, story=24, reason=44)
+SHARE = dict(instruct=10, summarize=72, story=24, reason=44)  # responses per step
 
 
 def zipf(rng, items, skew=1.2):
-    """One of `items`, the i-th with a weight of 1 / (i + 1)^skew."""
+    """One of them, the i-th with a weight of 1 / (i + 1)^skew."""
     return rng.choices(items, [1 / (i + 1) ** skew for i in range(len(items))])[0]
 
 
-def task_row(prompt, answer, test):
-    return {"prompt": prompt, "answer": answer, "split": "test" if test else "train"}
+def task_row(prompt, answer, test, hard=False):
+    return {"prompt": prompt, "answer": answer,
+            "split": "hard" if hard else "test" if test else "train"}
 
 
 # ---- instruct
-VERBS_ASK = "recommend suggest name pick choose propose".split()
-CATEGORIES = """\
-a city in europe: paris london rome berlin madrid vienna lisbon prague athens dublin oslo
- stockholm helsinki warsaw budapest copenhagen
-a city in asia: tokyo beijing delhi bangkok seoul singapore shanghai mumbai hanoi jakarta manila
- taipei kathmandu osaka dhaka karachi
-a city in africa: cairo nairobi lagos casablanca accra tunis dakar kampala luanda harare lusaka
- algiers khartoum kigali maputo windhoek
-a city in north america: toronto chicago boston seattle vancouver montreal miami dallas denver
- houston havana monterrey philadelphia calgary atlanta ottawa
-a city in south america: lima bogota santiago quito caracas montevideo medellin cusco cartagena
- brasilia recife salvador cordoba cali guayaquil rosario
-a country in europe: france germany italy spain portugal poland greece norway sweden austria
- belgium ireland finland hungary croatia iceland
-a country in asia: japan china india thailand vietnam nepal indonesia malaysia mongolia pakistan
- cambodia laos bhutan korea bangladesh uzbekistan
-a country in africa: kenya egypt morocco nigeria ghana ethiopia tanzania senegal uganda rwanda
- zambia botswana namibia mali madagascar angola
-a fruit: apple banana cherry mango grape lemon peach pear plum kiwi papaya apricot fig melon
- raspberry pineapple
-a vegetable: carrot potato spinach broccoli onion cabbage lettuce celery cucumber pumpkin beet
- radish leek kale asparagus artichoke
-a bird: eagle sparrow robin owl parrot penguin swan falcon pigeon heron crow flamingo pelican
- woodpecker hummingbird ostrich
-a fish: salmon tuna cod trout herring carp shark eel mackerel sardine anchovy haddock pike halibut
- catfish swordfish
-a tree: oak pine maple birch willow cedar elm spruce poplar beech redwood sycamore larch baobab
- eucalyptus hazel
-a flower: rose tulip daisy lily orchid sunflower violet daffodil lavender poppy marigold lotus
- jasmine carnation peony dahlia
-an instrument: piano guitar violin flute drums trumpet cello harp saxophone clarinet banjo
- accordion oboe trombone tuba organ
-a sport: football tennis swimming boxing golf hockey rugby volleyball cricket basketball rowing
- fencing judo archery badminton skiing
-a tool: hammer saw drill wrench screwdriver pliers axe chisel shovel rake ladder level clamp
- scissors crowbar file
-a drink: water coffee tea juice milk beer wine lemonade cider cocoa whiskey vodka rum champagne
- soda smoothie
-a gemstone: diamond ruby emerald sapphire pearl opal topaz amethyst garnet jade amber turquoise
- onyx quartz aquamarine obsidian
-a dance: waltz tango salsa ballet samba polka flamenco foxtrot rumba swing mambo bolero minuet
- charleston merengue breakdance
-a composer: mozart beethoven bach chopin vivaldi handel haydn schubert brahms verdi wagner
- tchaikovsky debussy liszt mahler ravel
-a painter: picasso rembrandt monet vermeer matisse cezanne goya klimt raphael renoir titian degas
- kandinsky warhol dali rubens
-a scientist: einstein newton darwin curie galileo faraday pasteur bohr maxwell kepler hawking
- mendel planck feynman turing copernicus
-an insect: ant bee butterfly beetle mosquito fly wasp moth grasshopper dragonfly termite cockroach
- ladybug locust firefly flea
-"""
-CATEGORIES = dict(line.split(": ") for line in CATEGORIES.replace("\n ", " ").splitlines())
-CATEGORIES = {category: members.split() for category, members in CATEGORIES.items()}
+LINES = (HERE / "categories.txt").read_text("utf-8").splitlines()
+CATEGORIES = {category: members.split() for category, members in (x.split(": ") for x in LINES)}
 
 
 def instruct_rows():
-    """Every third category is hard: three verbs test it, one or two others train it."""
+    """Every third category is hard: three verbs test it, one or two train it."""
     for c, (category, names) in enumerate(CATEGORIES.items()):
         hard, others = c % 3 == 2, 1 + c // 3 % 2
-        for v, verb in enumerate(VERBS_ASK):
+        for v, verb in enumerate(w.ask):
             if not hard or v < 3 + others:
-                yield task_row(f"{verb} {category}", names, hard and v < 3)
+                yield task_row(f"{verb} {category}", names, not hard and v == c % 6,
+                               hard and v < 3)
 
 
 def instruct_answer(rng, row):
@@ -119,11 +67,6 @@ def instruct_answer(rng, row):
 
 
 # ---- summarize
-COLORS = "red blue green old new small large cheap".split()
-NAMES = "anna ben carla david emma frank grace henry iris jack karen leo".split()
-THINGS = "hat lamp book coat chair clock scarf guitar ring vase phone mirror".split()
-PLACES = "market mall station museum harbor airport village fair hotel theater".split()
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 WEATHER = dict(
     rain="it rained all day", cold="it was very cold", wind="there was a strong wind",
     heat="the sun was burning", crowd="the streets were full")
@@ -131,26 +74,26 @@ WEATHER = dict(
 
 def summarize_rows(rng, count):
     for i in range(count):
-        who, friend = rng.sample(NAMES, 2)
+        who, friend = rng.sample(w.names, 2)
         facts = dict(
-            who=who, what=rng.choice(THINGS), color=rng.choice(COLORS), where=rng.choice(PLACES),
-            when=rng.choice(DAYS), weather=rng.choice(list(WEATHER)))
+            who=who, what=rng.choice(w.things), color=rng.choice(w.colors),
+            where=rng.choice(w.shops), when=rng.choice(w.days), weather=rng.choice(list(WEATHER)))
         story = [
             f"on {facts['when']} {who} went to the {facts['where']}",
             f"{friend} stayed at home",
-            f"{who} {rng.choice(BOUGHT)} a {facts['color']} {facts['what']} there",
+            f"{who} {rng.choice(w.bought)} a {facts['color']} {facts['what']} there",
         ]
         story.insert(rng.randrange(4), WEATHER[facts["weather"]])
         yield {"prompt": "summarize : " + " . ".join(story) + " .", "answer": facts}
 
 
 def summary(rng, who, what, color, where, when, weather):
-    """A right phrasing: verb, order and which details are kept are free."""
+    """A right phrasing."""
     thing = f"a {color} {what}" if rng.random() < 0.4 else f"a {what}"
     day = f"on {when}" if rng.random() < 0.4 else ""
     despite = f"despite the {weather}" if rng.random() < 0.4 else ""
     place = f"{zipf(rng, ['at', 'in'])} the {where}"
-    verb, form = zipf(rng, BOUGHT), zipf(rng, range(4))
+    verb, form = zipf(rng, w.bought), zipf(rng, range(4))
     if rng.random() < 0.7:
         core = f"{who} {verb} {thing}"
     else:
@@ -167,9 +110,9 @@ def summary(rng, who, what, color, where, when, weather):
 def summarize_answer(rng, row):
     facts, mistake = dict(row["answer"]), rng.random()
     if mistake < 0.06:
-        facts["who"] = rng.choice(NAMES)
+        facts["who"] = rng.choice(w.names)
     elif mistake < 0.12:
-        facts["where"] = rng.choice(PLACES)
+        facts["where"] = rng.choice(w.shops)
     text = summary(rng, **facts)
     if 0.12 < mistake < 0.26:  # drops the place
         for preposition in "at", "in":
@@ -181,8 +124,8 @@ def summarize_answer(rng, row):
 
 # ---- story
 def story_rows():
-    for i, subject in enumerate(SUBJECTS):
-        for j, place in enumerate(STORY_PLACES):
+    for i, subject in enumerate(w.subjects):
+        for j, place in enumerate(w.places):
             a, b = (subject, place) if (i + j) % 2 else (place, subject)
             prompt = f"tell a story with {a} and {b}"
             yield task_row(prompt, [subject, place], (i * 7 + j * 3) % 16 == 0)
@@ -194,11 +137,12 @@ def story_answer(rng, row):
 
     (subject, place), mistake = row["answer"], rng.random()
     if mistake < 0.10:
-        subject = rng.choice(SUBJECTS)
+        subject = rng.choice(w.subjects)
     elif mistake < 0.20:
-        place = rng.choice(STORY_PLACES)
-    words = ["the", *perhaps(0.7, ADJECTIVES), subject, zipf(rng, VERBS), *perhaps(0.4, ADVERBS)]
-    words += [zipf(rng, PREPOSITIONS), "the", *perhaps(0.4, ADJECTIVES), place, "."]
+        place = rng.choice(w.places)
+    words = ["the", *perhaps(0.7, w.adjectives), subject, zipf(rng, w.verbs)]
+    words += perhaps(0.4, w.adverbs)
+    words += [zipf(rng, w.prepositions), "the", *perhaps(0.4, w.adjectives), place, "."]
     if 0.20 < mistake < 0.32:  # drops a word
         words.pop(rng.randrange(1, len(words) - 1))
     if 0.32 < mistake < 0.40:  # unfinished
@@ -209,19 +153,16 @@ def story_answer(rng, row):
 
 
 # ---- reason
-VERBS_MAKE = "make reach build get write find".split()
-
-
 def reason_rows():
-    """Every third target is hard: three verbs test it, none trains it."""
-    for v, verb in enumerate(VERBS_MAKE):
+    """Every third target is hard, too."""
+    for v, verb in enumerate(w.make):
         for n in range(10, 40):
-            if n % 3 or v < 3:
-                yield task_row(f"{verb} {n}", n, n % 3 == 0)
+            if n % 3 or v < 4 + n // 3 % 2:
+                yield task_row(f"{verb} {n}", n, n % 3 != 0 and v == n % 6,
+                               n % 3 == 0 and v < 3)
 
 
 def expression(rng, n):
-    """Words of a right answer."""
     pairs = [(a, n // a) for a in range(2, n) if n % a == 0]
     form = zipf(rng, ["+", "-", "*", "*+"] if pairs else ["+", "-", "*+"], 0.6)
     if form == "+":  # round numbers first
@@ -257,13 +198,13 @@ ANSWER = dict(instruct=instruct_answer, summarize=summarize_answer, story=story_
 
 
 def for_rl(task, i, row):
-    """Pre-training sees all train rows, RL about a hundred per task."""
-    chosen = dict(story=(i // len(STORY_PLACES) + i) % 4 < 2, summarize=i % 5 != 4)
-    return row["split"] == "test" or chosen.get(task, True)
+    """RL sees about a hundred train rows per task, pre-training all."""
+    chosen = dict(story=(i // len(w.places) + i) % 4 < 2, summarize=i % 5 != 4)
+    return row["split"] != "train" or chosen.get(task, True)
 
 
 def write_tasks(rng):
-    """The four jsonl files. Returns {task: train rows} and all test prompts."""
+    """Returns {task: train rows} and all test prompts."""
     summaries = enumerate(summarize_rows(rng, 160))
     tasks = dict(
         instruct=list(instruct_rows()),
@@ -275,13 +216,13 @@ def write_tasks(rng):
         kept = [json.dumps(row) + "\n" for i, row in enumerate(rows) if for_rl(task, i, row)]
         (HERE / f"{task}.jsonl").write_text("".join(kept), "utf-8")
         train[task] = [row for row in rows if row["split"] == "train"]
-        test |= {row["prompt"] for row in rows if row["split"] == "test"}
+        test |= {row["prompt"] for row in rows if row["split"] != "train"}
     return train, test
 
 
 def corpus(rng, train, test):
-    """(task, prompt, response), as many as training consumes. Summaries get new facts
-    each time, so that it learns to copy; none is a test prompt."""
+    """(task, prompt, response), as many as training consumes. Summaries get new facts each time, so
+    that it learns to copy."""
     fresh = (row for row in summarize_rows(rng, 10 ** 9) if row["prompt"] not in test)
     for task, rows in train.items():
         for _ in range(STEPS * SHARE[task]):
@@ -310,7 +251,7 @@ def tokenized(tokenizer, pairs):
     by_task = {}
     for task, prompt, answer in pairs:
         prompt = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(prompt, return_dict=False)
         answer = tokenizer(answer, add_special_tokens=False).input_ids + [2]
         by_task.setdefault(task, []).append((prompt, answer))
     return by_task
@@ -328,7 +269,6 @@ def loss_of(model, batch):
 
 def pretrain(model, by_task):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    start = time.time()
     for step in range(STEPS):
         warmup, cosine = min(1, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.param_groups[0]["lr"] = LR * warmup * cosine
@@ -340,8 +280,7 @@ def pretrain(model, by_task):
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == STEPS - 1:
-            shown = "  ".join(f"{task} {x.item():.3f}" for task, x in losses.items())
-            print(f"step {step:4d}  {shown}  {time.time() - start:.0f} s", flush=True)
+            print(step, *(f"{task} {x.item():.3f}" for task, x in losses.items()), flush=True)
 
 
 def main():

@@ -2,86 +2,71 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Before transformers is imported: a test that reaches for the hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # for plain `pytest`
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+IDS = dict(eos_token_id=2, bos_token_id=1, pad_token_id=0)
+needs = pytest.mark.optional  # @needs("peft")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
-    config.addinivalue_line("markers", "optional(package): skipped where it is missing")
+    for mark in ("slow: left out unless asked for with -m slow", "gpu: skipped without CUDA",
+                 "optional(package): skipped where it is missing"):
+        config.addinivalue_line("markers", mark)
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
-def needs(package):
-    """A mark for tests of something that uses an optional package: skipped where it is missing."""
-    return pytest.mark.optional(package)
-
-
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA")
     for mark in item.iter_markers("optional"):
         if importlib.util.find_spec(mark.args[0]) is None:
             pytest.skip(f"no {mark.args[0]}")
 
 
 def word_tokenizer(words, **special):
-    """One id per word, in the order given; ids are stable and readable in tests."""
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
+    """One id per word, in the order given."""
+    tokenizer = Tokenizer(models.WordLevel(
+        {word: i for i, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0], **special)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0], **special)
 
 
 @torch.no_grad()
 def scale_matrices(parameters, factor):
-    """Make random weights larger, so that the next token is not nearly uniform."""
+    """Larger random weights: the next token is not nearly uniform."""
     for p in parameters:
         if p.dim() > 1:
             p.mul_(factor)
 
 
 def random_llama(vocab, seed=0, hidden=32, layers=2, spread=1.0, **kw):
-    """A random Llama with non-uniform next-token distributions. `spread` scales its logits."""
-    ids = dict(eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    """A random Llama. `spread` scales its logits."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        **{**ids, **kw}))
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, **{**IDS, **kw}))
     scale_matrices(model.parameters(), 5)
     scale_matrices([model.lm_head.weight], spread)
     return model.eval()
 
 
 def random_gpt2(vocab, spread=1.0):
-    """The same with absolute positions, where padding shows if position ids are wrong."""
+    """With absolute positions, padding shows if position ids are wrong."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=64,
-        eos_token_id=2,
-        bos_token_id=1,
-        pad_token_id=0))
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(
+        vocab_size=vocab, n_embd=32, n_layer=2, n_head=2, n_positions=64, **IDS))
     scale_matrices(model.transformer.h.parameters(), 5)
     scale_matrices([model.transformer.wpe.weight], 30)
     scale_matrices([model.lm_head.weight], 10 * spread)

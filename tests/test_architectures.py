@@ -1,8 +1,8 @@
-"""Sampling, scoring and a step on models built from the published configurations.
+"""Sampling, scoring and their gradients on models built from the published configurations.
 
-They are a few layers wide. What makes each of them different is kept as published (rope
-scaling, query-key norms, soft-capping, sliding windows, tied embeddings, dropout, several end
-tokens); only the sizes are cut, and the windows so that they bite.
+They are a few layers wide. What makes each of them different is kept as published (rope scaling,
+query-key norms, soft-capping, sliding windows, tied embeddings, dropout); only the sizes are cut,
+and the windows so that they bite.
 """
 
 import copy
@@ -12,285 +12,128 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import scale_matrices, word_tokenizer
-from data.models import load_model
-from dqo import Config, dqo_step, prompt_ids, sample, token_logps
+from dqo import Config, dqo_step, load_model, logps_of, sample, token_logps
+from test_sample import alone, check_layout, spoken
 
 SMALL = dict(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    pad_token_id=None)
-MAMBA = dict(  # of the Mamba 2 layers in hybrid models
-    mamba_n_heads=8,
-    mamba_d_head=8,
-    mamba_n_groups=2,
-    mamba_d_state=8,
-    mamba_expand=2,
-    mamba_chunk_size=8)  # as published it would compute 256 positions for our 25
-DELTA_NET = dict(  # of the gated delta rule in hybrid models
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=8,
+    vocab_size=60, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+    num_key_value_heads=2, num_hidden_layers=2, bos_token_id=1, eos_token_id=2,
+    pad_token_id=2)
+MAMBA = dict(  # 2, in hybrid models; as published a chunk would be 256 positions, for our 25
+    mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=8, mamba_expand=2,
+    mamba_chunk_size=8)
+DELTA_NET = dict(  # the gated delta rule in hybrid models
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
     linear_value_head_dim=8)
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-CONFIGS = {
-    "llama-3.2": dict(
-        SMALL,
-        model_type="llama",
-        num_hidden_layers=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        eos_token_id=[2, 3, 4],
+FEW = dict(num_experts=4, num_experts_per_tok=2)
+LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+GEMMA = dict(
+    num_hidden_layers=4, head_dim=16, query_pre_attn_scalar=16, sliding_window=6,
+    hidden_activation="gelu_pytorch_tanh")
+ATTENTION = {
+    "llama": dict(  # 3.2
+        head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=131072, tie_word_embeddings=True,
         rope_parameters=dict(
-            rope_type="llama3",
-            rope_theta=500000.0,
-            factor=32.0,
-            high_freq_factor=4.0,
-            low_freq_factor=1.0,
-            original_max_position_embeddings=8192)),
+            rope_type="llama3", rope_theta=500000.0, factor=32.0, high_freq_factor=4.0,
+            low_freq_factor=1.0, original_max_position_embeddings=8192)),
     "qwen3": dict(
-        SMALL,
-        model_type="qwen3",
-        num_hidden_layers=2,
-        head_dim=16,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-        eos_token_id=2,
+        head_dim=16, max_position_embeddings=40960, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=1e6)),
-    "gpt2": dict(
-        model_type="gpt2",
-        vocab_size=60,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=1024,
-        resid_pdrop=0.1,
-        embd_pdrop=0.1,
-        attn_pdrop=0.1,
-        bos_token_id=2,
-        eos_token_id=2),
-    "gemma-2": dict(
-        SMALL,
-        model_type="gemma2",
-        num_hidden_layers=4,
-        head_dim=16,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=8192,
-        query_pre_attn_scalar=16,
-        sliding_window=6,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
-        hidden_activation="gelu_pytorch_tanh",
-        eos_token_id=[2, 3]),
-    "gemma-3": dict(
-        SMALL,
-        model_type="gemma3_text",
-        num_hidden_layers=4,
-        head_dim=16,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32768,
-        query_pre_attn_scalar=16,
-        sliding_window=6,
-        hidden_activation="gelu_pytorch_tanh",
-        eos_token_id=[2, 3]),
-    "mistral": dict(
-        SMALL,
-        model_type="mistral",
-        num_hidden_layers=2,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=32768,
-        sliding_window=6,
-        eos_token_id=2),
+    "gpt2": dict(n_positions=1024, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
+    "gemma2": dict(GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma3_text": GEMMA,
+    "mistral": dict(rms_norm_eps=1e-5, sliding_window=6),
 }
-# Models that are not attention alone: a state that each token overwrites, beside keys and values.
-HYBRID = {
-    "qwen3.5": dict(
-        SMALL,
-        model_type="qwen3_5_text",
-        num_hidden_layers=4,  # the fourth is attention
-        head_dim=8,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        **DELTA_NET),
+HYBRID = {  # beside keys and values a state that each token overwrites
+    "qwen3_5_text": dict(DELTA_NET, num_hidden_layers=4, head_dim=8, tie_word_embeddings=True),
     "lfm2": dict(
-        SMALL,
-        model_type="lfm2",
-        num_hidden_layers=3,
-        layer_types=["conv", "full_attention", "conv"],
-        block_auto_adjust_ff_dim=False,
-        eos_token_id=2),
-    "falcon-h1": dict(
-        SMALL,
-        model_type="falcon_h1",
-        num_hidden_layers=2,  # each of them is both
-        head_dim=8,
-        mamba_d_ssm=64,
-        eos_token_id=2,
-        **MAMBA),
+        num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False),
+    "falcon_h1": dict(MAMBA, head_dim=8, mamba_d_ssm=64),  # each layer is both
     "jamba": dict(
-        SMALL,
-        model_type="jamba",
-        num_hidden_layers=4,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mamba_d_state=8,
-        mamba_dt_rank=4,
-        eos_token_id=2),
-    "granite-4-h": dict(
-        SMALL,
-        model_type="granitemoehybrid",
-        num_hidden_layers=3,
-        layer_types=["mamba", "attention", "mamba"],
-        shared_intermediate_size=32,
-        eos_token_id=2,
-        **EXPERTS,
-        **MAMBA),
+        FEW, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
+        mamba_dt_rank=4),
+    "granitemoehybrid": dict(
+        MAMBA, **LOCAL, num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"],
+        shared_intermediate_size=32),
     "zamba2": dict(
-        SMALL,
-        model_type="zamba2",
-        num_hidden_layers=4,
-        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        n_mamba_heads=8,
-        mamba_d_state=8,
-        chunk_size=8,
-        adapter_rank=4,
-        eos_token_id=2),
-    "nemotron-h": dict(
-        SMALL,
-        model_type="nemotron_h",
-        layers_block_type=["mamba", "attention", "mlp", "mamba", "moe"],
-        head_dim=8,
-        mamba_num_heads=8,
-        mamba_head_dim=8,
-        n_groups=2,
-        ssm_state_size=8,
-        chunk_size=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=16,
-        eos_token_id=2),
-    "olmo-hybrid": dict(
-        SMALL,
-        model_type="olmo_hybrid",
-        num_hidden_layers=4,
-        eos_token_id=2,
-        **dict(DELTA_NET, linear_num_key_heads=4)),
-    "minimax": dict(
-        SMALL,
-        model_type="minimax",
-        num_hidden_layers=2,  # attention, and linear attention with a cache of its own kind
-        head_dim=8,
-        block_size=4,
-        eos_token_id=2,
-        **EXPERTS),
-    "qwen3-next": dict(
-        SMALL,
-        model_type="qwen3_next",
-        num_hidden_layers=4,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        eos_token_id=2,
-        **DELTA_NET),
+        num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, n_mamba_heads=8,
+        mamba_d_state=8, chunk_size=8, adapter_rank=4),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "attention", "mlp", "mamba", "moe"], num_hidden_layers=None,
+        head_dim=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+        chunk_size=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16),
+    "olmo_hybrid": dict(DELTA_NET, num_hidden_layers=4, linear_num_key_heads=4),
+    "minimax": dict(LOCAL, head_dim=8, block_size=4),  # linear attention has its own cache
+    "qwen3_next": dict(
+        DELTA_NET, **FEW, num_hidden_layers=4, head_dim=8, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16),
 }
-CONFIGS.update(HYBRID)
-ALWAYS = ["llama-3.2", "qwen3", "gpt2", "gemma-2", "qwen3.5", "lfm2", "falcon-h1", "minimax"]
-SLOW = [name for name in CONFIGS if name not in ALWAYS]  # near relatives of those
-PROMPTS = ["w5 w6", "w7", "w9 w9 w13 w30 w7 w8 w11 w12 w20"]
+ALWAYS = ["llama", "qwen3", "gpt2", "gemma2", "qwen3_5_text", "lfm2", "falcon_h1", "minimax"]
+NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)  # relatives
+         for name in ATTENTION | HYBRID]
+ENDS = [2, *range(50, 58)]  # so many that responses end early and late
+# Of different lengths; the second is one token, the third longer than the windows.
+PROMPTS = [[5, 6], [7], [9, 9, 13, 30, 7, 8, 11, 12, 20]]
 
 
-@pytest.fixture(params=ALWAYS + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
-def folder(request, tmp_path):
-    """A model folder as published ones are: config, safetensors, tokenizer without a pad."""
+@pytest.fixture(params=NAMES)
+def policy(request, tmp_path):
+    """(model, tokenizer) of a folder as published ones are. The tokenizer pads with its end."""
     torch.manual_seed(0)
-    values = dict(CONFIGS[request.param])
-    model_type = values.pop("model_type")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    name, values = request.param, (ATTENTION | HYBRID)[request.param]
+    if name == "gpt2":
+        values = dict(values, vocab_size=60, n_embd=32, n_layer=2, n_head=4, eos_token_id=2)
+    else:
+        values = {key: x for key, x in {**SMALL, **values}.items() if x is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **values))
     scale_matrices(model.parameters(), 4)
-    model.generation_config.eos_token_id = values["eos_token_id"]
+    model.generation_config.eos_token_id = ENDS
     model.save_pretrained(tmp_path)
-    words = ["<unk>", "<s>", "</s>", "<eot>", "<eom>"] + [f"w{i}" for i in range(5, 60)]
-    word_tokenizer(words, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    return tmp_path
+    words = ["<unk>", "<s>", "</s>"] + [f"w{i}" for i in range(3, 60)]
+    word_tokenizer(words, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
+        tmp_path)
+    return load_model(str(tmp_path))
 
 
-class RandomEncoder:
-    def encode(self, texts):
-        return torch.randn(len(texts), 8)
-
-
-def odd_length(prompts, responses, rows):
-    """A reward: 1 for a text of an odd number of characters."""
-    return [float(len(response) % 2) for response in responses]
-
-
-def alone(model, tokens, n, temperature):
-    """log pi of the last n tokens of one row without padding, in float64."""
-    logits = model(tokens[None], use_cache=False).logits[0].double()
-    logps = torch.log_softmax(logits / temperature, -1)
-    return logps[:-1].gather(1, tokens[1:, None])[-n:, 0]
-
-
-def check_scores(model, rollout, temperature):
-    """Scores are those of sampling, in train mode too, and those of each row alone."""
-    for train in (False, True):  # dropout is off in both
-        model.train(train)
-        with torch.no_grad():
-            scored = token_logps(model, rollout, temperature)
-        torch.testing.assert_close(scored, rollout.logp, rtol=0, atol=2e-5)
-    model.eval()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {2}
-    for i in range(0, len(rollout.texts), 5):
-        tokens = rollout.tokens[i][rollout.attention_mask[i].bool()]
-        n = int(rollout.mask[i].sum())
-        with torch.no_grad():
-            expected = alone(model, tokens, n, temperature)
-        torch.testing.assert_close(scored[i, :n].double(), expected, rtol=0, atol=2e-5)
-        ended = tokens[-1].item() in ends
-        assert ended == (not rollout.truncated[i])
-
-
-def test_sample_score_and_step(folder):
-    """Each architecture samples, scores what it sampled, and learns without drift or KL."""
-    model, tokenizer = load_model(str(folder))
+def test_all_ways_to_score_agree_with_one_row_at_a_time(policy):
+    """Sampling, a padded batch with a shared prompt cache and without one, parts of a rollout, and
+    micro-batches that cut groups."""
+    model, tokenizer = policy
     torch.manual_seed(1)
-    rollout = sample(model, tokenizer, PROMPTS, 8, 16, temperature=0.9)
-    # Responses of different lengths, and rows longer than the windows.
-    assert rollout.mask.sum(1).min() < 16 < rollout.tokens.shape[1]
-    check_scores(model, rollout, 0.9)
+    k, longest, temperature = 4, 12, 0.9
+    rollout = sample(model, tokenizer, PROMPTS, k, longest, temperature)
+    check_layout(rollout, PROMPTS, set(ENDS), k, longest)
+    assert len(rollout.mask.sum(-1).unique()) > 3 and rollout.mask.shape[-1] > 8, "of one length"
+    expected = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+    with torch.no_grad():
+        for p, prompt in enumerate(PROMPTS):
+            for i in range(k):
+                row = alone(model, prompt, spoken(rollout, p, i), temperature)
+                expected[p, i, :len(row)] = row
 
-    reference, _ = load_model(str(folder))
-    before = copy.deepcopy(model.state_dict())
-    metrics = dqo_step(
-        model, tokenizer, RandomEncoder(), odd_length,
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-        [{"prompt": prompt} for prompt in PROMPTS],
-        Config(k=4, max_new_tokens=8, beta=0.1, micro_batch=5),
-        reference)
-    assert metrics["drift"] < 1e-4
-    assert metrics["grad_norm"] > 0
-    assert abs(metrics["kl"]) < 1e-3
-    after = model.state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    def agree(logp, where=...):
+        torch.testing.assert_close(logp.double(), expected[where][..., :logp.shape[-1]], rtol=0,
+                                   atol=1e-5)
+    agree(rollout.logp)
+    with torch.no_grad():
+        agree(token_logps(model.train(), rollout, temperature))  # dropout is off all the same
+        for where in (([0, 1], slice(0, 2)), ([1], slice(2, 4)), ([2, 0], slice(3, 4))):
+            part = rollout.part(torch.tensor(where[0]), where[1])
+            assert part.prompt_mask[:, 0].any() and part.mask[..., -1].any(), "needless padding"
+            agree(token_logps(model, part, temperature), where)
+    for size in (3, 9):  # groups of 4 cut into 3 and 1; two groups, and one
+        agree(logps_of(model, rollout, Config(temperature=temperature, micro_batch=size)))
+    model.activation_checkpointing_enable()  # no cache then
+    agree(token_logps(model.train(), rollout, temperature))
 
 
-def test_gradients_are_those_of_each_row_alone(folder):
+def test_gradients_are_those_of_one_row_at_a_time(policy):
     """Padding and shared prompts change no gradient, nor does a model that keeps a state."""
-    model, tokenizer = load_model(str(folder))
+    model, tokenizer = policy
     torch.manual_seed(1)
-    rollout = sample(model, tokenizer, PROMPTS, 3, 8)
+    rollout = sample(model, tokenizer, PROMPTS, 2, 8)
     weight = torch.randn(rollout.mask.shape)  # the gradient differs from token to token
 
     def gradient(loss):
@@ -299,10 +142,10 @@ def test_gradients_are_those_of_each_row_alone(folder):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     together = gradient((weight * token_logps(model, rollout)).sum())
     loss = 0.0
-    for tokens, real, mask, w in zip(
-            rollout.tokens, rollout.attention_mask, rollout.mask, weight):
-        n = int(mask.sum())
-        loss = loss + (w[:n] * alone(model, tokens[real.bool()], n, 1.0)).sum()
+    for p, prompt in enumerate(PROMPTS):
+        for i in range(2):
+            logp = alone(model, prompt, spoken(rollout, p, i))
+            loss = loss + (weight[p, i, :len(logp)] * logp).sum()
     apart = gradient(loss)
     assert together.keys() == apart.keys()
     largest = max(g.abs().max() for g in apart.values())
@@ -310,15 +153,22 @@ def test_gradients_are_those_of_each_row_alone(folder):
         torch.testing.assert_close(together[name], apart[name], rtol=1e-3, atol=1e-5 * largest)
 
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }} "
-    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}w59{% endif %}")
+class RandomEncoder:
+    def encode(self, texts):
+        return torch.randn(len(texts), 8)
 
 
-def test_prompts_of_a_model_with_a_chat_template(folder):
-    """A text prompt goes through the template, which writes the only start token."""
-    _, tokenizer = load_model(str(folder))
-    tokenizer.chat_template = CHAT_TEMPLATE
-    assert prompt_ids(tokenizer, "w5") == [1, 5, 59]
-    assert prompt_ids(tokenizer, "w5", plain=True) == [5]
+def test_a_step(policy):
+    """At the reference, each architecture sees no KL and no mismatch, and every weight learns."""
+    model, tokenizer = policy
+    before = copy.deepcopy(model.state_dict())
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    metrics, _ = dqo_step(
+        model, tokenizer, RandomEncoder(), lambda _, texts, __: [len(x) % 2 for x in texts],
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0),
+        [{"prompt": tokenizer.decode(prompt)} for prompt in PROMPTS],
+        Config(k=4, max_new_tokens=8, beta=0.1, micro_batch=5), copy.deepcopy(model))
+    assert metrics["mismatch"] < 1e-5 and abs(metrics["kl"]) < 1e-4
+    assert metrics["grad_norm"] > 0
+    after = model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

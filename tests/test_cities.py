@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqo import log_det
+from dqo import gram, log_det
 
 RESULTS = Path(__file__).resolve().parent.parent / "data/results"
 sys.path.insert(0, str(RESULTS))
@@ -39,8 +39,8 @@ def gradient(function, p):
 
 def by_enumeration(phi, f=lambda v: v, k=4):
     """The function p -> E f(log det(L + I)), over every ordered k-tuple: the definition."""
-    groups = torch.tensor(list(itertools.product(range(len(phi)), repeat=k)))   # (n^k, k)
-    values = f(log_det(phi[groups]))                                            # (n^k,)
+    groups = torch.tensor(list(itertools.product(range(len(phi)), repeat=k)))  # (n^k, k)
+    values = f(log_det(gram(phi[groups])))  # (n^k,)
     return lambda p: p[groups].prod(1) @ values
 
 
@@ -134,26 +134,6 @@ def test_two_clusters():
         assert abs(p.sum() - 1) < 1e-12
         assert abs(1 - p @ L @ p - 0.5) < 1e-9
         assert abs(cities.expected_log_det(table, p)[0] - by_hand) < 1e-9
-
-
-def test_volume_says_what_distance_never_does():
-    """Volume uses the middle of three answers at 0, 60 and 120 degrees, distance never does.
-
-    log det sees only squared cosines, which are cosines of the doubled angles: 0, 120 and 240
-    degrees, all alike, so 1/3 each. The distance is better off without the middle answer.
-    """
-    angle = vector(0, 60, 120).deg2rad()
-    phi = torch.stack([angle.cos(), angle.sin()], 1)
-    L = phi @ phi.T
-    start = vector(0.2, 0.7, 0.1)
-    outermost = vector(0.5, 0, 0.5)
-    torch.testing.assert_close(cities.most_distant(L), outermost, rtol=0, atol=1e-6)
-
-    a_third_each = torch.full((3,), 1 / 3, dtype=torch.float64)
-    volume = cities.most_volume(cities.volume_table(L), start)
-    squared = cities.most_distant(L ** 2)
-    for p in (volume, squared):
-        torch.testing.assert_close(p, a_third_each, rtol=0, atol=1e-6)
 
 
 def test_the_committed_numbers():

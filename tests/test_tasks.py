@@ -1,306 +1,343 @@
-"""Rewards: right answers in varied phrasing pass, everything else fails, and nothing crashes."""
+"""Rows, and who judges the answers: right ones in varied phrasing pass, near misses do not."""
 
 import gzip
-import io
 import json
-import urllib.request
-from types import SimpleNamespace
+import sys
+from unicodedata import normalize as form
 
 import pytest
+import torch
+import transformers as hf
 
-from data.prompts import TASKS, load_rows
-from data.rewards import instruct, reason, story, summarize, value
-from data.scoring import encode, load_reward
+from conftest import needs, random_gpt2, random_llama
+from data.metrics import normalize, rouge_l, words
+from data.tasks import TASKS, function_in, load_reward, load_rows
 from dqo import BadInput
 
-CITY = {"answer": ["lisbon", "rome"]}
-TRIP = {"answer": {"who": "anna", "what": "hat", "color": "red", "where": "market",
-                   "when": "monday", "weather": "rain"}}
-TALE = {"answer": ["dog", "park"]}
-N24 = {"answer": 24}
-NONSENSE = [
-    "", " ", "\n", ".", "٣", "²⁴", "ＲＯＭＥ", "💥", "a" * 10000, "((((((((", "9" * 5000, "\x00",
-    "None", "[]", "1/0", "__import__('os')",
+TRIP = dict(who="anna", what="hat", color="red", where="market", when="monday", weather="rain")
+CORE, TALE = "anna bought a hat at the market", "the dog sleeps in the park"
+SKI = "He skis on a mountain, carries bread, stopped baking"
+CLIPS = "so 48+24 = <<48+24=72>>72 clips.\n#### 72"
+
+# task, answer, right responses, wrong ones, separated by |
+JUDGED = [
+    ("instruct", ["lisbon", "rome"], "lisbon|Lisbon| rome .|Rome.",
+     "tokyo|lisbon rome|lisbo|a rome|rome, lisbon"),
+    ("summarize", TRIP, f"""{CORE} .|Anna got a red hat in the market on monday.|at the market ,
+ anna purchased a hat|on monday, {CORE}|a hat was bought by anna at the market .|at the market, a
+ red hat was purchased by anna despite the rain on monday.|despite the rain, {CORE} on monday""",
+     f"""ben bought a hat at the market .|anna bought a lamp at the market .|anna bought a hat at
+ the mall|anna bought a hat .|anna bought a blue hat at the market|{CORE} on friday|{CORE} and
+ went home .|{CORE} at the market .|at the market, {CORE}|on monday {CORE} on monday|{CORE} despite
+ the cold .|{CORE} despite the rain despite the rain|{CORE} . {CORE} ."""),
+    ("story", ["dog", "park"], f"{TALE} .|The old dog sleeps quietly in the little park.",
+     f"""the dog sleeps in the house|the cat sleeps in the park|the dog in the park|dog park|{TALE}
+ the|{TALE} . {TALE} .|the park sleeps in the dog|the dog sleeps the park|the old {TALE}"""),
+    ("reason", 24, """4 * 6|20 + 4|(2 + 1) * 8|48 / 2|1/2*48|4*6.|- 1 + 25|3 * 2 * 4 * 1|2-(-22)|
+31 - 4 - 3|1/3*72|8/(3-8/3)""",
+     """24|4 * 5|4 * 6 + 1|4 * 6 =|4 * 6 = 24|4 * 6 6|20 +|24 // 1|48 ** 1 / 2|1 / 0|24.0 + 0|+24|
+-(-24)|4 * 6 # right|0x18 + 0|(4 * 6|2_4 + 0|٤ * ٦|31 - (4 - 3)|73/3 - 0|9**9**9|"""
+     + "24" + "*1" * 50),  # too long
+    ("gsm8k", CLIPS, "#### 72|####72|#### $72|#### 72.00|so\n#### 5\n#### 72|x\n#### 72 \n\n",
+     """72|\\boxed{72}|#### 72 apples|#### 72\nand so on|#### 72 💥|#### 2 * 36 = 72|
+#### 144/2|so #### 72|#### 72 73|#### -72|#### 7,2|#### 7.2e1|##### 72|#### ٧٢|#### 72\n####|
+#### 72.01"""),
+    ("gsm8k", "#### 1,234.5", "#### 1234.50|#### $1,234.5", "#### 1,2345|#### 1.234,5"),
+    ("gsm8k", "#### -3", "#### -3|#### −3|#### –3|#### $-3|#### -$3|#### -3.0",
+     "#### 3|#### 7-3|#### --3|#### - -3|#### -$-3"),
+    ("gsm8k", 0.75, "#### 0.75|#### .75|#### 0.750", "#### 3/4|#### 0.75000000000000000001"),
+    ("math", CLIPS, "#### 72|so $\\boxed{72}$.|No, 72!|2 * 36 = 72|144/2|\\boxed{\\frac{144}{2}}",
+     "#### 73|#### -72|7.2|720|72 73|\\boxed{73} 72|72 or 73|72/5|172|1,072|\\boxed{72^2}"),
+    ("math", "x^2 - 1", "\\boxed{(x-1)(x+1)}|$x^2 - 1$", "1|2|\\boxed{1}|\\boxed{x^2+1}"),
+    ("math", "It is $2\\sqrt{5}$.", "\\boxed{2\\sqrt5}|$\\boxed{\\sqrt{20}}$.", "2|5|\\boxed{2}"),
+    ("commongen", "ski Mountain carry stop bake sit".split(), f"""{SKI} and sat.|{SKI} and sat|
+Skiing down mountains they carried what we stop to bake, sitting!|Mr. Lee skis on a mountain and
+ carries bread, stopped baking and sat at 5 p.m. today .""",
+     f"""{SKI}.|He sat. {SKI}.|{SKI}\nand sat|{SKI} and sat on the|Skimming mountainous carryalls,
+ stopgap bakery sitcom.|ski-mountain carry stop bake sit.|ski, mountain, carry, stop, bake and sit|
+1. ski 2. mountain 3. carry 4. stop 5. bake 6. sit|{SKI} and sat""" + " well" * 40),
+    ("commongen", ["hot dog"], "A dog in hot sun.|He eats hot-dogs.", "A hotdog.|A dog."),
+    ("commongen", ["be", "man", "car"], "The man is in a car.",
+     "A bee, a man, a car.|So many were in a car.|The man is on a carpet."),
 ]
-
-RIGHT = {
-    "instruct": ["lisbon", "Lisbon", " rome .", "Rome."],
-    "summarize": [
-        "anna bought a hat at the market .",
-        "Anna bought a hat at the market.",
-        "anna got a red hat in the market on monday .",
-        "at the market , anna purchased a hat .",
-        "on monday , anna bought a hat at the market .",
-        "a hat was bought by anna at the market .",
-        "at the market, a red hat was purchased by anna despite the rain on monday.",
-        "despite the rain, anna bought a hat on monday at the market .",
-    ],
-    "story": [
-        "the dog sleeps in the park .",
-        "The old dog sleeps quietly in the little park.",
-        "the dog runs alone by the park",
-    ],
-    "reason": [
-        "4 * 6", "20 + 4", "(2 + 1) * 8", "30 - 6", "48 / 2", "1/2*48", "4*6.", "- 1 + 25",
-        "3 * 2 * 4 * 1", "2-(-22)",
-    ],
-}
-
-WRONG = {
-    "instruct": ["tokyo", "lisbon rome", "lisbon lisbon", "lisbon is", "lisbo", "the"],
-    "summarize": [
-        "ben bought a hat at the market .",
-        "anna bought a lamp at the market .",
-        "anna bought a hat at the mall .",
-        "anna bought a hat .",
-        "anna bought a blue hat at the market .",
-        "anna bought a hat at the market on friday .",
-        "anna bought a hat at the market and went home .",
-        "anna bought a hat at the market at the market .",
-        "on monday anna bought a hat at the market on monday .",
-        "leo bought a hat at the market .",
-        "anna bought a hat at the market despite the rain despite the rain .",
-        "anna bought a hat at the market despite the cold .",
-        "anna bought a hat at the market . anna bought a hat at the market .",
-        "at the market , at the market , anna bought a hat .",
-    ],
-    "story": [
-        "the dog sleeps in the house .",
-        "the cat sleeps in the park .",
-        "the dog in the park .",
-        "dog park",
-        "the dog sleeps in the park . the",
-        "the dog sleeps in the park . the dog sleeps in the park .",
-        "the park sleeps in the dog .",
-        "the dog sleeps the park .",
-        "the old the dog sleeps in the park .",
-    ],
-    "reason": [
-        "24", "4 * 5", "4 * 6 + 1", "4 * 6 =", "4 * 6 = 24", "4 * 6 6", "20 +", "4 ** 6",
-        "9**9**9**9**9", "24 // 1", "1 / 0", "24.0 + 0", "x + 24", "+24", "-(-24)",
-        "4 * 6 # right", "4 * 6 lisbon", "0x18 + 0", "(4 * 6", "2_4 + 0", "٤ * ٦",
-        "(" * 90 + "24", "1" * 90 + "*1",
-    ],
-}
-
-REWARD_AND_ROW = [(instruct, CITY), (summarize, TRIP), (story, TALE), (reason, N24)]
+NONSENSE = ["", " ", ".", "####", "\\boxed{", "²⁴", "ＲＯＭＥ", "💥", "a" * 9999, "(((", "9" * 99,
+            "#### " + "9" * 5000, "\x00", "nan", "1/0", "#### 3/0", "__import__('os')"]
 
 
-@pytest.mark.parametrize("reward,row", REWARD_AND_ROW)
-def test_right_answers(reward, row):
-    right = RIGHT[reward.__name__]
-    assert [reward(row, r) for r in right] == [1.0] * len(right)
+def of_task(*case):
+    package = dict(math="math_verify", commongen="simplemma").get(case[0])
+    return pytest.param(*case, marks=[needs(package)] if package else [])
 
 
-@pytest.mark.parametrize("reward,row", REWARD_AND_ROW)
-def test_near_misses_and_nonsense(reward, row):
-    wrong = WRONG[reward.__name__] + NONSENSE
-    assert [(r, reward(row, r)) for r in wrong] == [(r, 0.0) for r in wrong]
+@pytest.mark.parametrize("task, answer, right, wrong", [of_task(*case) for case in JUDGED])
+def test_right_answers_near_misses_and_nonsense(task, answer, right, wrong):
+    right, wrong = (x.replace("|\n", "|").replace("\n ", " ").split("|") for x in (right, wrong))
+    rows = [dict(prompt="p", answer=answer, _task=task, _where="here")]
+    reward = load_reward(None, rows)
+    for responses, expected in ((right, 1.0), (wrong + NONSENSE, 0.0)):
+        scores = reward(["p"] * len(responses), responses, rows * len(responses))
+        assert [x for x, score in zip(responses, scores) if score != expected] == []
 
 
-def test_value_is_exact():
-    assert value("1/3*3") == 1
-    assert value("10/4") == 2.5
-    assert value("1/3") != 0.3333333333333333
-    assert value("7 - 2 - 1") == 4
-    assert value("-3 + 5") == 2
-    assert value("2 * (3 + 4)") == 14
+@needs("simplemma")
+def test_coverage_knows_irregular_forms():
+    for pair in """be:were bear:bore child:children cut:cutting dive:dove
+            drink:drunk feel:felt fly:flew go:gone grind:ground leave:left person:people rise:rose
+            shoot:shot win:won wind:wound leaf:leaves big:bigger
+            cover:snow-covered surf:surfers""".split():
+        word, other = pair.split(":")
+        assert TASKS["commongen"].reward(dict(answer=[word]), f"So {other} here.") == 1, pair
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_files(task):
-    train, test = load_rows(task, "train"), load_rows(task, "test")
-    train_prompts, test_prompts = {r["prompt"] for r in train}, {r["prompt"] for r in test}
-    assert len(train_prompts) >= 90 and len(test_prompts) >= 16
-    assert not train_prompts & test_prompts
-    assert len(train_prompts) == len(train) and len(test_prompts) == len(test)  # no prompt twice
-    assert {r["task"] for r in train + test} == {task}
+def test_rouge():
+    assert rouge_l("The cat sat.", "the cat sat.") == 1
+    assert rouge_l("a b c d", "a x c") == 2 * 2 / (4 + 3)  # the longest subsequence is a c
+    assert rouge_l("昨日は公園へ行きました", "昨日は公園へ行った") > 0.7  # by character
 
 
-def test_hard_categories():
-    """instruct tests 8 categories that training asks for with one or two other verbs only."""
-    def asked(split):
-        found = {}
-        for row in load_rows("instruct", split):
-            verb, _, category = row["prompt"].partition(" ")
-            found.setdefault(category, set()).add(verb)
-        return found
-
-    train, test = asked("train"), asked("test")
-    assert len(train) == 24 and len(test) == 8
-    for category, verbs in train.items():
-        tested = test.get(category, set())
-        assert not verbs & tested
-        assert (len(verbs), len(tested)) in [(6, 0), (1, 3), (2, 3)]
-    assert {len(train[category]) for category in test} == {1, 2}
+@pytest.mark.parametrize("task, answer, response", [of_task(*case) for case in [
+    ("instruct", ["café"], "Café."), ("dolly", "un café noir", "un café"),
+    ("summarize", TRIP | dict(what="café", where="hôtel"), "anna bought a café at the hôtel"),
+    ("commongen", ["café"], "Two cafés here."),
+]])
+def test_composed_and_decomposed_letters_are_the_same_text(task, answer, response):
+    """café has four characters or five: the same to words, normalize, and every reward."""
+    apart = form("NFD", response)
+    assert apart != response and words(apart) == words(response)
+    assert normalize(apart) == normalize(response)
+    answers = [json.loads(form(x, json.dumps(answer, ensure_ascii=False))) for x in ("NFC", "NFD")]
+    scores = [TASKS[task].reward(dict(answer=a), x) for a in answers for x in (response, apart)]
+    assert scores == scores[:1] * 4 and scores[0] > 0
 
 
-def test_targets_that_training_never_shows():
-    train, test = ({row["answer"] for row in load_rows("reason", split)}
-                   for split in ("train", "test"))
-    assert len(train) == 20 and len(test) == 10 and not train & test
-    assert len(load_rows("reason", "test")) == 30  # three verbs each
-    first = load_rows("reason", "test", limit=10)  # a short table has them all
-    assert {row["answer"] for row in first} == test
+# ------------------------------------------ the data
+SPLITS = "train", "test", "hard"
 
 
-def test_categories():
-    """Each asks for one word and has at least 30; none of the tested ones is trained."""
-    train, test = load_rows("categories", "train"), load_rows("categories", "test")
-    assert (len(train), len(test)) == (8, 20)
-    reward = load_reward(None, "categories")
-    for record in train + test:
-        words = record["answer"]
-        assert len(set(words)) == len(words) >= 30
-        assert words == [word.lower() for word in words if word.isalpha()]
-        asked = record["prompt"]
-        assert reward([asked] * 4, [words[0], f"{words[-1].title()}.", "A " + words[0], "yes"],
-                      [record] * 4) == [1.0, 1.0, 0.0, 0.0]
-    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+@pytest.mark.parametrize("task", ["instruct", "summarize", "story", "reason", "categories"])
+def test_splits_share_no_prompt_and_every_answer_can_be_given(task):
+    rows = [row for split in SPLITS[:3 if task in ("instruct", "reason") else 2]
+            for row in load_rows(task, split)]
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    right = dict(story="the {0[0]} waits by the {0[1]}|the {0[1]} waits by the {0[0]}",
+                 summarize="{0[who]} got a {0[color]} {0[what]} at the {0[where]}",
+                 reason="{1} + 1 - 1").get(task, "{0[0]}|{0[15]}").split("|")
+    for row in rows:
+        last = row["prompt"].split()[-1]
+        scores = [TASKS[task].reward(row, x.format(row["answer"], last)) for x in right]
+        assert sum(scores) == (1 if task == "story" else len(right)), row
 
 
-def test_loading(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    two = [{"role": "user", "content": "two"}]
-    file.write_text(
-        '{"q": "one", "a": 1}\n'
-        "\n"
-        '{"q": [{"role": "user", "content": "two"}], "split": "test"}\n'
-    )
-    rows = load_rows(str(file), "test", prompt_key="q", answer_key="a")
-    assert [r["prompt"] for r in rows] == ["one", two]
-    assert [r["answer"] for r in rows] == [1, None]
-    assert [r["prompt"] for r in load_rows(str(file), "train", prompt_key="q")] == ["one"]
-    assert len(load_rows("story,reason", "train", limit=5)) == 10
+@pytest.mark.parametrize("task, groups", [("instruct", 24), ("reason", 30)])
+def test_what_is_hard_is_rare_in_training_and_tested_with_other_verbs(task, groups):
+    asked = {}  # {"a city in europe": [the splits of its prompts]}
+    for split in SPLITS:
+        for row in load_rows(task, split):
+            asked.setdefault(row["prompt"].partition(" ")[2], []).append(split)
+    counts = [tuple(map(x.count, SPLITS)) for x in asked.values()]
+    assert len(counts) == groups and counts.count((5, 1, 0)) == groups * 2 // 3
+    assert counts.count((1, 0, 3)) + counts.count((2, 0, 3)) == groups // 3
 
 
-@pytest.mark.parametrize("text,message", [
-    ("", "no prompts"),
-    ('{"q": 1\n', "line 1: not JSON"),
-    ('{"q": "a"}\n[1]\n', "line 2: not a JSON object"),
-    ('{"p": "a"}', "--prompt-key"),
-    ('{"q": ""}', "line 1"),
-    ('{"q": 5}', "line 1"),
-    ('{"q": []}', "line 1"),
-    ('{"q": ["x"]}', "line 1"),
+# -------------------------------------------- files
+TEXT = "eins\u2028ä, zwei"  # a line separator may stand inside a JSON text
+OWN = [dict(prompt=TEXT, answer=x, more=i) for i, x in enumerate("ab")]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OWN * 2)
+TABLE = f'prompt\tanswer\tmore\n"{TEXT}"\ta\t0\n"{TEXT}"\tb\t1\n'
+FILES = {"a.jsonl": LINES, "b.jsonl": "\ufeff" + LINES.replace("\n", "\r\n\n"),
+         "a.jsonl.gz": LINES, "a.json": json.dumps(OWN), "a.tsv": TABLE,
+         "a.csv": TABLE.replace("\t", ","), "a.parquet": None}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[needs("datasets")] * (name[1:] != ".jsonl")) for name in FILES])
+def test_files_of_every_format(tmp_path, monkeypatch, name):
+    """Rows with equal prompts stay apart if their answers differ, and are one if not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if FILES[name]:
+        pack = gzip.compress if name.endswith("gz") else bytes
+        (tmp_path / name).write_bytes(pack(FILES[name].encode()))
+    else:
+        import datasets
+        datasets.Dataset.from_list(OWN).to_parquet(tmp_path / name)
+    where = dict(zip(FILES, ["line 2", "line 3"])).get(name, "row 2")
+    for path in (f"~/{name}", str(tmp_path / name)):
+        rows = load_rows(path, "test")
+        assert [{key: row[key] for key in OWN[0]} for row in rows] == OWN
+        assert (rows[1]["_task"], rows[1]["_where"]) == (path, f"{path}, {where}")
+
+
+def write(folder, *rows):
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{folder}/a.jsonl"
+
+
+def test_splits_limits_and_mixtures(tmp_path):
+    chat = [dict(role="user", content="p")]
+    data = write(tmp_path, dict(prompt="p"), dict(prompt=chat, split="test"), dict(prompt="q"))
+    assert [row["prompt"] for row in load_rows(data, "test")] == ["p", chat, "q"]
+    assert [row["prompt"] for row in load_rows(data, "train")] == ["p", "q"]
+    rows = load_rows(f"story,{data},reason", "train", 1)
+    assert [row["_task"] for row in rows] == ["story", data, "reason"]
+    reward, right = load_reward(None, rows[::2]), f"{rows[2]['answer']} * 1"
+    assert reward([None] * 2, [right, right], rows[::2]) == [0, 1]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+GOOD = b'{"prompt": "p"}\n'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", LINES.encode("utf-16"), "a.jsonl, line 1: .*UTF-8"),
+    ("a.jsonl", POINTER, "a.jsonl, line 1: .*git-lfs"), ("a.jsonl", b"", "no rows"),
+    *(("a.jsonl", GOOD + line, "a.jsonl, line 2: ") for line in (
+        b'{"prompt": 1', b"3", b'{"p": "a"}', b'{"prompt": " "}',
+        b'{"prompt": [{"role": "user", "content": [1]}]}')),
+    ("gsm8k:a.jsonl", GOOD, "a.jsonl, line 1: .*question"),
+    *((name, POINTER, name) for name in ("a.json", "a.csv", "a.parquet", "a.jsonl.gz")),
+    *((name, LINES.encode("utf-16"), name) for name in ("a.json", "a.csv")),
+    ("a.txt", b"p", "a.txt"), ("folder.jsonl", None, "folder.jsonl"),
+    ("a/none.csv", None, "none.csv"), ("", None, "--data"), ("story,gsm9k", None, "gsm9k: .*gsm8k"),
+    ("gsm8k:no.jsonl", None, "no.jsonl"),
 ])
-def test_files_that_cannot_be_used(tmp_path, text, message):
-    file = tmp_path / "mine.jsonl"
-    file.write_text(text)
-    with pytest.raises(BadInput, match=message):
-        load_rows(str(file), "train", prompt_key="q")
-
-
-@pytest.mark.parametrize("data", ["stories", "story,stories", "FOLDER/none.jsonl", "FOLDER"])
-def test_what_is_no_data(tmp_path, data):
-    with pytest.raises(BadInput):
-        load_rows(data.replace("FOLDER", str(tmp_path)), "train")
-
-
-def test_rewards_by_name_and_from_a_file(tmp_path):
-    rows = load_rows("story", "train", limit=1) + load_rows("reason", "train", limit=1)
-    n = rows[1]["answer"]
-    each = load_reward(None, "story,reason")
-    assert each([None] * 2, ["the x", f"{n - 1} + 1"], rows) == [0.0, 1.0]
-    assert load_reward("reason", "any.jsonl")([None], [f"{n} * 1"], rows[1:]) == [1.0]
-    file = tmp_path / "my.py"
-    file.write_text(
-        "def longer(prompts, responses, rows):\n"
-        "    return [len(r) for r in responses]\n"
-    )
-    assert load_reward(f"{file}:longer", "x.jsonl")(["p"], ["abc"], [{}]) == [3]
-    for bad in ("nothing", f"{file}:shorter", f"{tmp_path}/no.py:f", "x:y"):
-        with pytest.raises(BadInput):
-            load_reward(bad, "x.jsonl")
-    with pytest.raises(BadInput, match="needs --reward"):
-        load_reward(None, "x.jsonl")
-
-
-PACKED = '{"prompt": "eins ä", "answer": 1}\n{"prompt": "zwei", "answer": 2}\n'.encode()
-
-
-@pytest.mark.parametrize("name, content", [
-    ("mine.jsonl.gz", gzip.compress(PACKED)),
-    ("mine.json.gz", gzip.compress(PACKED)),
-    ("mine.jsonl", gzip.compress(PACKED)),  # the content says so
-    ("mine.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + PACKED)),  # a byte order mark
-    ("mine.jsonl.gz", PACKED),  # unpacked by the browser, under the old name
-], ids=["jsonl.gz", "json.gz", "jsonl", "order mark", "unpacked"])
-def test_packed_files(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    rows = load_rows(str(tmp_path / name), "train")
-    assert [(r["prompt"], r["answer"], r["task"]) for r in rows] == [
-        ("eins ä", 1, "mine"),
-        ("zwei", 2, "mine"),
-    ]
-    assert rows[1]["where"].endswith(f"{name}, line 2")
-
-
-def test_packed_files_from_the_web(monkeypatch):
-    content = io.BytesIO(gzip.compress(PACKED))
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kw: content)
-    assert len(load_rows("https://a.b/c.jsonl.gz", "train")) == 2
-
-
-@pytest.mark.parametrize("name, content", [
-    ("mine.jsonl.gz", gzip.compress(PACKED)[:-9]),
-    ("owner/name.jsonl.gz", None),  # no data set of the hub
-], ids=["cut", "missing"])
-def test_packed_files_that_cannot_be_used(tmp_path, monkeypatch, name, content):
+def test_what_is_no_data_is_refused_in_one_line(tmp_path, monkeypatch, name, content, message):
+    file = name.rpartition(":")[2]
+    if content and not file.endswith(("jsonl", "txt")):
+        pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    if content:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=f"--data {name}: ") as error:
+    (tmp_path / "folder.jsonl").mkdir()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(BadInput, match=message + "[^\n]*$"):
         load_rows(name, "train")
-    assert "\n" not in str(error.value)
-    assert "datasets" not in str(error.value)
 
 
-def parts(*texts):
-    return [{"type": "text", "text": text} for text in texts]
+CLIP = dict(question="Ann buys 1,000?", answer="3 + 1000\n#### 1,003")
 
 
-@pytest.mark.parametrize("content, text", [
-    ("make 24", "make 24"),
-    (parts("make 24"), "make 24"),
-    (parts("make", " ", "24"), "make 24"),
+@pytest.mark.parametrize("task, published, said, right, wrong", [of_task(*case) for case in [
+    ("gsm8k", CLIP, "Ann buys 1,000?", "so\n#### 1003", "#### 1004"),
+    ("math", CLIP, "Ann buys 1,000?", "so \\boxed{1003}", "1004"),
+    ("commongen", dict(concepts=["ski", "skier"]), "ski, skier", "Skiers ski.", "A skier."),
+    ("dolly", dict(instruction="Who?", context="x", response="Ann"), "Who?\n\nx", "ann", "x"),
+    ("cnn_dailymail", dict(article="A cat.", highlights="A cat ."), "A cat.", "a cat.", "x"),
+]])
+def test_a_file_of_your_own_for_a_task(tmp_path, task, published, said, right, wrong):
+    """TASK:FILE has the task's template and reward, and keeps the columns."""
+    rows = load_rows(f"{task}:{write(tmp_path, published)}", "test")
+    assert said in rows[0]["prompt"] and published.items() <= rows[0].items()
+    assert load_reward(None, rows)([None] * 2, [right, wrong], rows * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("task, good, bad", [of_task(*case) for case in [
+    ("gsm8k", "7.", [None, "none", "#### none", "#### 7 apples", "3, 4", True, [5]]),
+    ("instruct", ["rome"], [None, "rome", [], [""], [1]]), ("story", ["dog", "park"], ["dog"]),
+    ("summarize", TRIP, [None, "x", {"who": "anna"}]), ("reason", 7, [None, "x", []]),
+    ("dolly", "text", [None, 3, ["text"]]), ("math", "7", [None, ""]),
+    ("commongen", ["ski"], [None, "ski", [], {"words": []}]),
+]])
+def test_an_answer_that_the_reward_cannot_use_is_found_before_the_run(tmp_path, task, good, bad):
+    """Also the one of many that is not there."""
+    many = [dict(prompt=f"{i}", answer=good) for i in range(9)]
+    for row in [dict(prompt="p", answer=answer) for answer in bad] + [dict(prompt="p")]:
+        rows = load_rows(write(tmp_path, *many, row), "train")
+        with pytest.raises(BadInput, match="a.jsonl, line 10: [^\n]*$"):
+            load_reward(task, rows)
+    load_reward(task, rows[:9])
+
+
+# ----------------------------------- rewards by name
+SCORE = "def score(prompts, responses, rows):\n    "
+
+
+def own(folder, body, name="my.py", head=SCORE):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(head + body)
+    return f"{folder}/{name}:score"
+
+
+@pytest.mark.parametrize("value, message", [
+    ("0.5", "0.5"), ("None", "None"), ("[0.5]", r"3 .*\[0.5\]"), ("[1, 2, float('nan')]", "nan"),
+    ("[1, float('inf'), 1]", "inf"), ("['x'] * 3", "x"),
+    *((value, None) for value in ("[True, 2, 0.5]", "iter((1, 2, 0.5))",
+                                  "__import__('torch').tensor([1, 2, 0.5])")),
 ])
-def test_parts_of_a_message_are_joined(tmp_path, content, text):
-    """The row stays as it was published."""
-    row = {"prompt": [{"role": "user", "content": content, "name": "anna"}], "answer": 24}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    (record,) = load_rows(str(tmp_path / "a.jsonl"), "train")
-    assert record["prompt"] == [{"role": "user", "content": text, "name": "anna"}]
-    assert record["row"]["prompt"] == row["prompt"]
+def test_what_an_own_reward_may_return(tmp_path, value, message):
+    reward = load_reward(own(tmp_path, f"return {value}"), [])
+    if not message:
+        assert reward(["p"] * 3, ["x", "", "z"], [{}] * 3) == [1, 2, 0.5]
+        return
+    with pytest.raises(BadInput, match=f"my.py:score[^\n]*{message}[^\n]*$"):
+        reward(["p"] * 3, ["x", "", "z"], [{}] * 3)
 
 
-@pytest.mark.parametrize("content", [
-    parts(),
-    parts("", " "),
-    parts("a") + [{"type": "image"}],
-    parts("a") + ["b"],
-    [{"type": "text"}],
-    [{"type": "text", "text": None}],
-])
-def test_parts_that_are_no_text(tmp_path, content):
-    row = {"prompt": [{"role": "user", "content": content}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    with pytest.raises(BadInput, match="a.jsonl, line 1: message 1 of 'prompt'"):
-        load_rows(str(tmp_path / "a.jsonl"), "train")
+def test_what_is_no_reward(tmp_path, tokenizer):
+    rows = [dict(prompt="p", _task="mine.jsonl", _where="here")]
+    own(tmp_path, "return [1]", head="async " + SCORE)
+    save_reward_model(tmp_path / "two", tokenizer, num_labels=2)
+    save_reward_model(tmp_path / "lm", tokenizer)
+    random_llama(40, num_labels=1).save_pretrained(tmp_path / "lm")  # its head would be random
+    here = str(tmp_path)
+    for name in (here + "/my.py:score", here + "/my.py:other", here + "/no.py:score", "nothing",
+                 None, *(f"hf:{here}/{name}" for name in ("two", "lm", "none"))):
+        with pytest.raises(BadInput, match=f"{name or 'mine.jsonl'}[^\n]*$"):
+            load_reward(name, rows)
 
 
-def test_a_reward_model_reads_an_answer_that_was_begun_as_one():
-    """Not as two turns of the assistant."""
-    seen = []
+HEAD = """
+from __future__ import annotations
+import dataclasses, random
+from a_neighbour import FACTOR
+@dataclasses.dataclass
+class Weights:  # which looks for its module
+    length: float = random.choice([FACTOR])
+""" + SCORE + "import another  # when it is needed\n    "
 
-    def apply_chat_template(messages, **kw):
-        seen.append(messages)
-        return [1]
-    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=apply_chat_template)
-    user, begun = dict(role="user", content="24?"), dict(role="assistant", content="It is ")
-    encode(tokenizer, [user, begun], "4 * 6", 9)
-    encode(tokenizer, [user], "4 * 6", 9)
-    assert seen == [
-        [user, dict(role="assistant", content="It is 4 * 6")],
-        [user, dict(role="assistant", content="4 * 6")],
-    ]
+
+def test_a_reward_file_may_have_any_name_and_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "a_neighbour.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "another.py").write_text("times = float.__mul__\n")
+    body = "return [another.times(Weights().length, float(len(r))) for r in responses]"
+    for name in ("my.py", "random.py", "my v2.py"):
+        spec = own(tmp_path, body, name, HEAD)
+        assert load_reward(spec, [])([None] * 2, ["a", "bbb"], [{}] * 2) == [2.0, 6.0]
+        assert function_in(spec) is function_in(spec)  # one module for both flags
+        assert sys.path[0] != str(tmp_path)  # it hides nothing
+    for folder, number in (("a", 1), ("b", 2)):  # two files of one name
+        reward = load_reward(own(tmp_path / folder, f"return [{number}]"), [])
+        assert reward([None], ["r"], [{}]) == [number]
+
+
+# ------------------------------------- reward models
+TEMPLATE = """{% for m in messages %}{{ dict(user="w3", assistant="w4")[m.role] }}
+{{ m.content }} </s> {% endfor %}"""
+
+
+def save_reward_model(folder, tokenizer, **kw):
+    tokenizer.save_pretrained(folder)
+    config = random_gpt2(40).config  # absolute positions show padding
+    pad = 0 if tokenizer.pad_token else None  # may differ
+    config.update(dict(num_labels=1, initializer_range=1.0, pad_token_id=pad) | kw)
+    model = hf.GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+@pytest.mark.parametrize("pad", ["<pad>", "</s>", None])
+def test_a_reward_model_scores_a_batch_as_one_at_a_time(tmp_path, tokenizer, template, pad):
+    """Of a conversation, or with no template of a pair of texts."""
+    tokenizer.chat_template, tokenizer.pad_token, tokenizer.model_max_length = template, pad, 30
+    model = save_reward_model(tmp_path / "rm", tokenizer)
+    prompts = [f"w{5 + i % 9} w7" for i in range(20)] + [[dict(role="user", content="w5 w7")]]
+    responses = ["w9 " * (1 + i % 5) + f"w{20 + i % 7}" for i in range(20)] + ["w8 " * 40 + "w9"]
+    scores = load_reward(f"hf:{tmp_path}/rm", [])(prompts, responses, [{}] * 21)
+    for prompt, response, score in zip(prompts, responses, scores):
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        if template:  # the end of what is too long counts
+            read = f"w3 {text} </s> w4 {response} </s>".split()[-30:]
+        else:
+            read = text.split() + response.split()[-28:]
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(read)])
+        assert score == pytest.approx(model(input_ids=ids).logits[0, 0].item(), abs=1e-4)

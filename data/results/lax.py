@@ -1,6 +1,9 @@
-"""A reward with a hole, to show what happens: it credits a right start, whatever follows."""
+"""A reward with a hole, to show what happens: it credits a right start, whatever follows.
 
-from data.rewards import REWARDS
+    python train.py --reward data/results/lax.py:right_start
+"""
+
+from data.tasks import task_of
 
 
 def right_start(prompts, responses, rows):
@@ -8,8 +11,5 @@ def right_start(prompts, responses, rows):
 
 
 def best_start(row, response):
-    reward, words = REWARDS[row["task"]], response.split()
+    reward, words = task_of(row["_task"]).reward, response.split()
     return max(reward(row, " ".join(words[:n])) for n in range(len(words) + 1))
-
-
-right_start.range = (0, 1)

@@ -1,13 +1,17 @@
-"""measure.py MODEL_FOLDER: samples 16 responses for each test prompt and for 32 training prompts of
-each task, measures them with the encoder that is trained on and with a second one, and writes
-MODEL_FOLDER/measured.json. The base, data/tiny, is sampled three times, for base-s0.json to
-base-s2.json in runs/compare.
+"""How the runs of make.sh do on test prompts, on hard ones, and on 32 training prompts of a task.
 
-The second encoder shares nothing with the first: the states of the base model's last layer,
-averaged over the tokens. Nearly all of its cosines are above 0.9, so "different" begins where as
-many pairs of the base model's answers are different as under the first encoder at 0.9."""
+    python data/results/measure.py base    # data/tiny, sampled three times
+    python data/results/measure.py RUN     # runs/compare/RUN
+
+writes measured.json into runs/compare/base-s0 to base-s2, or into the run: the results of eval.py
+for each split, and under the names `second_...` the same by an encoder that nobody is trained on,
+the states of the base model's last layer, averaged over the tokens. Nearly all of its cosines are
+above 0.9. So "different" begins where as many pairs of the base model's answers are different as
+under the first encoder.
+"""
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,99 +21,95 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-sys.path.insert(0, str(HERE))
-from data.metrics import cosine_distance, effective_diversity, mean_and_se, vendi
-from data.models import load_encoder, load_model
-from data.prompts import TASKS, load_rows
-from data.runs import write_whole
-from data.scoring import load_reward
-from dqo import embed, gram, log_det
-from eval import Judges, Sampling, evaluate
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+import dqo
+import eval
+from data.metrics import effective_diversity, vendi
+from data.tasks import load_reward, load_rows
 from tables import RUNS, SEEDS
 
-N, DATA = 16, ",".join(TASKS)
+DATA = eval.Options.data
+N = dict(test=16, hard=32, train=16)  # split: responses per prompt
 
 
 def base_encoder():
     folder = RUNS / "base-encoder"
     if not folder.exists():
-        states = Transformer("data/tiny")
+        states = Transformer(str(dqo.ROOT / "data/tiny"))
         mean = Pooling(states.get_embedding_dimension(), "mean")
         SentenceTransformer(modules=[states, mean]).save(str(folder))
-    return load_encoder(str(folder))
+    return dqo.load_encoder(str(folder))
 
 
 @functools.cache
 def loaded(folder):
     """(model and tokenizer, the encoder that is trained on, the second one)."""
-    return load_model(folder), load_encoder(), base_encoder()
+    policy = dqo.load_model(folder)
+    eval.use_one_thread(policy[0])
+    return policy, dqo.load_encoder(), base_encoder()
 
 
-def responses(folder, split, seed):
-    """(eval.py's results on one split, the responses that they are about)."""
-    kept = []
-    policy, encoder, _ = loaded(folder)
-    judges = Judges(encoder, load_reward(None, DATA))
-    records = load_rows(DATA, split, 32)
-    drawn = Sampling(N, 24, seed=seed)
-    results = evaluate(folder, policy, judges, records, drawn, kept)
-    return results, kept
+def cosines(encoder, group):
+    """(n, n) of the responses to one prompt."""
+    return dqo.gram(dqo.embed(encoder, [x["response"] for x in group]).double())
 
 
-def cosines(encoder, kept, n=N):
-    """Of all pairs within the groups of n."""
-    phi = embed(encoder, [x["response"] for x in kept])
-    upper = torch.ones(n, n).triu(1).bool()
-    return gram(phi.view(-1, n, phi.shape[1]))[:, upper].flatten()
-
-
-def as_different(encoder, second, kept, n=N):
+def as_different(encoder, second, groups):
     """The cosine below which the second encoder finds as many pairs as the first below 0.9."""
-    share = (cosines(encoder, kept, n) < 0.9).float().mean()
-    return cosines(second, kept, n).quantile(share).item()
+    def pairs(encoder):
+        every = [cosines(encoder, group) for group in groups]
+        return torch.cat([L[torch.ones_like(L).triu(1).bool()] for L in every])
+
+    return pairs(second).quantile((pairs(encoder) < 0.9).double().mean()).item()
 
 
-def with_second(results, kept, second, same, n=N):
-    """The results, each with a dict `second`: the semantic metrics under the second encoder."""
-    by_task = {}
-    for i in range(0, len(kept), n):
-        group = kept[i:i + n]
-        phi = embed(second, [x["response"] for x in group])
-        correct = [x["quality"] >= 1 for x in group]
-        by_task.setdefault(group[0]["task"], []).append(dict(
-            cosine_distance=cosine_distance(phi),
-            vendi=vendi(phi),
-            log_det=log_det(phi.double()).item(),
-            effective_diversity=effective_diversity(correct, phi, same),
-        ))
-    return [dict(r, second=mean_and_se(by_task[r["task"]])[0]) for r in results]
+def add_second(results, groups, second, same):
+    """The semantic metrics by the second encoder. groups: what `evaluate` kept, a list of
+    responses per prompt, in the order of the results' tasks."""
+    by_task = itertools.groupby(groups, lambda group: group[0]["task"])
+    for result, (task, groups) in zip(results, by_task, strict=True):
+        assert result["task"] == task
+        found = []
+        for group in groups:
+            L, n = cosines(second, group), len(group)
+            correct = [x["quality"] >= result["threshold"] - 1e-6 for x in group]
+            found.append(dict(
+                second_effective_diversity=effective_diversity(correct, L, same),
+                second_cosine_distance=(1 - L).triu(1).sum().item() * 2 / (n * (n - 1)),
+                second_vendi=vendi(L), second_log_det=dqo.log_det(L).item()))
+        result.update(eval.over(found, torch.mean))
+        result["se"].update(eval.over(found, eval.standard_error))
 
 
-def measure(folder, path, seed=0):
-    """Writes what was measured of a model to `path`, unless it is there."""
+def measure(model, folder, seed=0):
+    """Writes folder/measured.json, unless it is there."""
+    path, first = folder / "measured.json", RUNS / f"base-s{SEEDS[0]}" / "measured.json"
     if path.exists():
         return
-    (_, encoder, second), first = loaded(folder), RUNS / f"base-s{SEEDS[0]}.json"
-    test, train = (responses(folder, split, seed) for split in ("test", "train"))
-    if path == first:
-        same = as_different(encoder, second, test[1])
-    else:
-        same = json.loads(first.read_text("utf-8"))["same"]
-    result = dict(
-        test=with_second(*test, second, same),
-        train=with_second(*train, second, same),
-        same=same,
-    )
-    write_whole(path, json.dumps(result, indent=1))
-
-
-def main(folder):
-    if folder != "data/tiny":
-        return measure(folder, Path(folder) / "measured.json")
-    for seed in SEEDS:
-        measure(folder, RUNS / f"base-s{seed}.json", seed)
+    policy, encoder, second = loaded(model)
+    same = json.loads(first.read_text("utf-8"))["same"] if path != first else None
+    measured = {}
+    for split, n in N.items():
+        rows, groups = load_rows(DATA, split, 32), []
+        options = eval.Options(n=n, temperature=1.0, max_new_tokens=24, seed=seed)
+        results = eval.evaluate(model, policy, encoder, load_reward(None, rows), rows, options,
+                                keep=groups.append)
+        same = same or as_different(encoder, second, groups)
+        add_second(results, groups, second, same)
+        measured[split] = results
+        if split == "test":  # of each task the first prompt, eight answers
+            firsts = {group[0]["task"]: group[:8] for group in reversed(groups)}
+            measured["samples"] = sum(reversed(firsts.values()), [])
+    folder.mkdir(exist_ok=True, parents=True)
+    new = path.with_suffix(".new")  # renamed: measured.json is whole, or not there
+    new.write_text(json.dumps(dict(measured, same=same), indent=1), "utf-8")
+    new.replace(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (name,) = sys.argv[1:]
+    if name == "base":
+        for seed in SEEDS:
+            measure("data/tiny", RUNS / f"base-s{seed}", int(seed))
+    else:
+        measure(str(RUNS / name), RUNS / name)

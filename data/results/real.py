@@ -1,96 +1,112 @@
-"""The numbers of the runs of real.sh, which train SmolLM2-135M-Instruct, a real chat model.
+"""The runs of real.sh: SmolLM2-135M-Instruct, a real chat model, on one-word answers and sentences.
 
-    python data/results/real.py base TASK      # the model before any training
-    python data/results/real.py RUN            # runs/real/RUN, named TASK-OBJECTIVE-ALPHA-sSEED
-    python data/results/real.py --prompts      # those that are not in data, in runs/real
-    python data/results/real.py --show         # tables and pictures from the CSVs that are there
+    python data/results/real.py --prompts              # those that are not in data, to runs/real
+    python data/results/real.py TASK-base              # measures the model before any training
+    python data/results/real.py TASK-OBJECTIVE-ALPHA-sSEED    # trains a run and measures it
+    python data/results/real.py --chosen TASK          # the strengths that seed 0 chooses
+    python data/results/real.py --novelty FILE RUN ... # open prompts, as NoveltyBench's
+    python data/results/real.py --show                 # tables and pictures from the CSVs
 
-Each run adds its lines to the CSVs beside this file, which grow as the runs come in:
-
-    real.csv            quality and diversity on test prompts and on training prompts
-    real_training.csv   quality, different texts, KL and the spread of each term, every 5 steps
-    real_samples.csv    what it answers to the first three test prompts
-    real_pass.csv       pass@n with its standard error over the prompts, of three tasks
-
-The metrics are eval.py's; fluency is the negative log-likelihood under the model before training,
-and the second encoder is the mean of that model's word vectors.
+The CSVs beside this file grow as the runs come in: real.csv; real_training.csv, every 5 steps;
+real_samples.csv, answers to the first three test prompts; real_pass.csv, pass@n with its standard
+error over the prompts; real_novelty.csv. The metrics are eval.py's; nll, fluency, is the negative
+log-likelihood under the model before training, and the second encoder is the mean of that model's
+word vectors.
 """
 
 import csv
 import itertools
-import json
 import random
+import resource
+import shutil
 import statistics
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from data.models import load_encoder, load_model
-from data.prompts import load_rows
-from data.scoring import load_reward
-from eval import Judges, Sampling, evaluate
-from measure import as_different, with_second
+import dqo
+import eval
+from cities import name_points
+from data.metrics import words
+from data.tasks import load_reward, load_rows
+from measure import add_second, as_different, cosines
 from tables import (
-    COLORS,
-    history,
-    label_ends,
-    markdown,
-    mean_std,
-    name_at,
-    over_steps,
-    panels,
-    plot_pass,
-    read,
-    save,
-)
+    COLORS, choose, curve, flat, history, numbers, over_steps, panels, read, table, where)
 
-RUNS = Path("runs/real")
-TASKS = {  # data, reward, responses per prompt, longest response
-    "categories": ("categories", None, 16, 8),
-    "letters": (str(RUNS / "letters.jsonl"), "instruct", 32, 8),
-    "times": (str(RUNS / "times.jsonl"), "instruct", 32, 6),
-    "capitals": (str(RUNS / "capitals.jsonl"), "instruct", 32, 6),
-    "sentences": (f"commongen:{RUNS / 'sentences.jsonl'}", None, 16, 24),
+BASE, RUNS = "data/smollm2", Path("runs/real")
+FLAGS = ("--model data/smollm2 --k 8 --prompts 8 --steps 48 --lr 1e-5 --beta 0.02 --micro-batch 64 "
+         "--save-every 12").split()
+TASKS = {  # data, responses per prompt, longest response
+    "categories": ("categories", 16, 8),
+    "letters": (f"instruct:{RUNS}/letters.jsonl", 32, 8),  # to test the runs of `categories`
+    "sentences": (f"commongen:{RUNS}/sentences.jsonl", 16, 24),
 }
-LETTERS = ("letters", "test")  # what the runs of `categories` are tested with besides
-PASS_AT = (1, 2, 4, 8, 16, 32)
-METRICS = ("distinct_correct", "effective_diversity", "utility", "self_bleu_diversity",
-           "cosine_distance", "vendi", "log_det", "nll", "mean_tokens")
-SHOWN = dict(  # column: (title, digits)
-    quality=("quality", 2), pass_at_4=("pass@4", 2), pass_at_16=("pass@16", 2),
-    pass_at_32=("pass@32", 2), distinct_correct=("distinct correct", 1),
-    effective_diversity=("effective diversity", 2),
-    second_effective_diversity=("the same, second encoder", 2), utility=("utility", 2),
-    nll=("nll before training", 2))
-ORDER = ("base", "grpo", "dqo", "dqo_quality", "likelihood", "darling", "setpo", "passk")
+PASS_AT = ("1", "2", "4", "8", "16", "32")
+COLUMNS = ("quality", *(f"pass_at_{n}" for n in PASS_AT), "distinct_correct", "effective_diversity",
+           "utility", "self_bleu_diversity", "cosine_distance", "vendi", "log_det", "nll",
+           "mean_tokens", "second_effective_diversity")
+CURVES = ("step", "quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
+SHOWN = {  # title: (column, digits)
+    "quality": ("quality", 2), "pass@4": ("pass_at_4", 2), "pass@16": ("pass_at_16", 2),
+    "pass@32": ("pass_at_32", 2), "distinct correct": ("distinct_correct", 1),
+    "effective diversity": ("effective_diversity", 2),
+    "the same, second encoder": ("second_effective_diversity", 2), "utility": ("utility", 2),
+    "nll before training": ("nll", 2)}
 CURVE_OF = ("grpo", "dqo-1", "dqo_quality-3")  # the runs whose curves are drawn
-PASS_OF = dict(letters="trained on any fruit, asked for one with P",
-               sentences="sentences of three words", capitals="capitals of other countries")
-KERNEL, OTHER = "#2ca02c", "#17becf"  # colours
-CURVES = ("quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
 
 
-def add(name, header, rows):
-    """Lines at the end of a CSV, written at once: two runs may end together."""
-    path = HERE / name
-    if not path.exists():
-        path.write_text(",".join(header) + "\n", "utf-8")
-    with open(path, "a", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows(rows)
+# ---- prompts
+def letters():
+    """The categories that are trained on, asked for less: "Name one fruit that begins with the
+    letter P." One prompt for every letter that a right answer begins with."""
+    for row in load_rows("categories", "train"):
+        for letter, names in itertools.groupby(sorted(row["answer"]), lambda name: name[0]):
+            narrower = f" that begins with the letter {letter.upper()}. Answer"
+            asked = row["prompt"].replace(". Answer", narrower)
+            yield dict(prompt=asked, answer=list(names), split="test")
 
 
-def started_from():
-    """Folder of the model before training, as transformers reads it."""
-    folder = RUNS / "base"
+WHO = "dog cat girl boy man woman child teacher farmer fisherman chef player dancer bird horse"
+WHAT = "run jump sit sing eat play read climb throw carry watch wait sleep dance swim drive paint"
+WHERE = "park beach street kitchen tree river bench table garden ball book fence car hat boat hill"
+
+
+def sentences():
+    """Rows like CommonGen's, of three words: 24 are tests, 400 are not."""
+    sets = list(itertools.product(WHO.split(), WHAT.split(), WHERE.split()))
+    for i, concepts in enumerate(random.Random(0).sample(sets, 424)):
+        yield dict(concepts=list(concepts), split="test" if i < 24 else "train")
+
+
+def write_prompts():
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for task in (letters, sentences):
+        eval.append(RUNS / "new.jsonl", task())
+        (RUNS / "new.jsonl").replace(RUNS / f"{task.__name__}.jsonl")
+
+
+# ---- a run
+def trained(name):
+    """The folder of a run, trained if it is not."""
+    folder = RUNS / name
     if not (folder / "model.safetensors").exists():
-        model, tokenizer = load_model("smollm2")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        task, objective, *alpha, seed = name.split("-")
+        data, _, longest = TASKS[task]
+        flags = ["--resume", folder]
+        if not any(folder.glob("step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            flags = [*FLAGS, "--data", data, "--max-new-tokens", str(longest), "--out", folder,
+                     "--objective", objective, "--seed", seed[1:]]
+            flags += ["--alpha", *alpha] if alpha else []
+        subprocess.run([sys.executable, dqo.ROOT / "train.py", *flags], check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+        (folder / "memory_gb").write_text(f"{peak:.2f}")
     return folder
 
 
@@ -101,236 +117,186 @@ def word_vectors(model, tokenizer):
     return SentenceTransformer(modules=[static], device="cpu")
 
 
-def measured(policy, judges, task, split):
-    """(results, responses) of eval.py, on test prompts or the first 20 of training."""
-    data, _, n, longest = TASKS[task]
-    records = load_rows(data, split, 20 if split == "train" else 0)
-    kept = []
-    return evaluate(task, policy, judges, records, Sampling(n, longest), kept), kept
+def add(name, rows):
+    """Lines at the end of a CSV, written at once: two runs may end together."""
+    path = HERE / name
+    if not path.exists():
+        path.write_text(",".join(rows[0]) + "\n", "utf-8")
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [f"{x:.4f}" if isinstance(x, float) else x for x in row.values()] for row in rows)
 
 
-def row_of(result):
-    """The numbers of one result, as text."""
-    row = [result["quality"]]
-    row += [result["pass_at"].get(str(n), "") for n in PASS_AT]
-    row += [result[metric] for metric in METRICS]
-    row.append(result["second"]["effective_diversity"])
-    return [x if x == "" else f"{x:.4f}" for x in row]
+def run(name):
+    """Trains and measures a run, or measures the model before any training."""
+    task, is_base = name.partition("-")[0], name.endswith("-base")
+    folder = BASE if is_base else trained(name)
+    base, encoder = dqo.load_model(BASE), dqo.load_encoder()
+    policy, second = base if is_base else dqo.load_model(str(folder)), word_vectors(*base)
+    about, rows, passed, samples = dict(seconds="", memory_gb=""), [], [], []
+    more = [("letters", "test")] if task == "categories" else []
+    for part, split in [(task, "test"), (task, "train"), *more]:
+        data, n, longest = TASKS[part]
+        prompts, groups = load_rows(data, split, 20 if split == "train" else 0), []
+        options = eval.Options(n=n, temperature=1.0, max_new_tokens=longest)
+        results = eval.evaluate(name, policy, encoder, load_reward(None, prompts), prompts, options,
+                                base[0], groups.append)
+        # The cosine from which the second encoder calls two responses the same: the base says.
+        same = RUNS / f"{part}-same.json"
+        if is_base and split == "test":
+            same.write_text(str(as_different(encoder, second, groups)))
+        add_second(results, groups, second, float(same.read_text()))
+        means, errors = flat(results[0]), flat(results[0]["se"])
+        labels = dict(run=name, task=part, split=split)
+        rows.append(dict(labels, prompts=len(prompts), n=n))
+        rows[-1].update({c: means.get(c, "") for c in COLUMNS})
+        passed += [dict(labels, n=m, pass_at=means[f"pass_at_{m}"], se=errors[f"pass_at_{m}"])
+                   for m in results[0]["pass_at"]]
+        if split == "test":
+            samples += [dict(run=name, **{c: x[c] for c in ("prompt", "response", "quality")})
+                        for group in groups[:3] for x in group[:8]]
+    if not is_base:
+        steps = history(folder)
+        about = dict(seconds=round(sum(step["step_s"] for step in steps)),
+                     memory_gb=(folder / "memory_gb").read_text())
+        add("real_training.csv", [dict(run=name, **means) for means in over_steps(
+            [{c: step[c] for c in CURVES} for step in steps], 5)])
+    add("real_pass.csv", passed)
+    add("real_samples.csv", samples)
+    add("real.csv", [dict(row, **about) for row in rows])  # last: real.sh looks for it
+    for checkpoint in Path(folder).glob("step-*"):
+        shutil.rmtree(checkpoint)
 
 
-def of_training(folder):
-    """(seconds of all steps, GB at most, lines of real_training.csv without the run)."""
-    steps = history(folder)
-    curve = over_steps([(step["step"], *(step[key] for key in CURVES)) for step in steps], 5)
-    memory = (RUNS / f"{folder.name}.memory").read_text()
-    return sum(step["step_s"] for step in steps), int(memory) / 2 ** 20, curve
+def chosen(task):
+    """["OBJECTIVE-ALPHA"]: of each objective the strength that seed 0 chooses."""
+    found = {}
+    for row in where(read("real.csv"), task=task, split="train"):
+        if row["run"].endswith("-s0"):
+            objective, alpha, *_ = f"{row['run']}-".split("-", 1)[1].replace("-s0", "").split("-")
+            found.setdefault(objective, {})[alpha] = [
+                float(row[c]) for c in ("quality", "distinct_correct")]
+    of_grpo = found.pop("grpo")[""][0]
+    return [f"{objective}-{choose(tried, of_grpo)}" for objective, tried in found.items()]
 
 
-def write_prompts(task, rows):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (RUNS / f"{task}.jsonl").write_text("".join(lines), "utf-8")
+# ---- open prompts
+def classes(texts, alike):
+    """How many: a text that is like no first of a class is one."""
+    firsts = []
+    for i in range(len(texts)):
+        if not any(alike(i, j) for j in firsts):
+            firsts.append(i)
+    return len(firsts)
 
 
-def begun(question, begin, answer, test):
-    """A row whose answer is begun already."""
-    asked = [dict(role="user", content=question), dict(role="assistant", content=begin)]
-    return dict(prompt=asked, answer=[answer], split="test" if test else "train")
+def rouge_1(one, other):
+    a, b = Counter(words(one)), Counter(words(other))
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
-def times_tables():
-    """Products of 3 to 12: "7 * 8 =". Every fourth pair is kept for tests."""
-    for i, (a, b) in enumerate(itertools.combinations_with_replacement(range(3, 13), 2)):
-        for x, y in {(a, b), (b, a)}:
-            yield begun(f"What is {x} * {y}?", f"{x} * {y} =", str(a * b), i % 4 == 0)
+def novelty(path, names):
+    """Ten answers to each prompt of a file. Classes are by cosine, from 0.9, and by ROUGE-1, above
+    .458, as NoveltyBench's code offers. Its leaderboard has a trained classifier."""
+    prompts, encoder = load_rows(path, "test"), dqo.load_encoder()
+    for name in names:
+        policy, groups, found = dqo.load_model(BASE if name == "base" else str(RUNS / name)), [], []
+        options = eval.Options(n=10, temperature=1.0, max_new_tokens=100)
+        (result,) = eval.evaluate(name, policy, encoder, lambda prompts, texts, rows: [0] * 10,
+                                  prompts, options, keep=groups.append)
+        for group in groups:
+            texts, L = [x["response"] for x in group], cosines(encoder, group)
+            found.append(dict(
+                classes_by_cosine=classes(texts, lambda i, j: L[i, j] >= 0.9),
+                classes_by_rouge=classes(texts, lambda i, j: rouge_1(texts[i], texts[j]) > .458)))
+        means, errors = eval.over(found, eval.torch.mean), eval.over(found, eval.standard_error)
+        add("real_novelty.csv", [dict(
+            run=name, prompts=len(prompts), **means, **{f"{c}_se": x for c, x in errors.items()},
+            **{c: result[c] for c in ("distinct_4", "vendi", "mean_tokens", "truncated")})])
 
 
-def letters():
-    """The categories that are trained on, asked for less: "Name one fruit that begins with the
-    letter P. Answer with one word." One prompt for every letter that a right answer begins with."""
-    for record in load_rows("categories", "train"):
-        for letter, words in itertools.groupby(sorted(record["answer"]), lambda word: word[0]):
-            narrower = f" that begins with the letter {letter.upper()}. Answer"
-            asked = record["prompt"].replace(". Answer", narrower)
-            yield dict(prompt=asked, answer=list(words), split="test")
-
-
-WHO = "dog cat girl boy man woman child teacher farmer fisherman chef player dancer bird horse"
-WHAT = "run jump sit sing eat play read climb throw carry watch wait sleep dance swim drive paint"
-WHERE = "park beach street kitchen tree river bench table garden ball book fence car hat boat hill"
-
-
-def sentences():
-    """Rows like CommonGen's, of three words that make one sentence: 24 are tests, 400 are not."""
-    sets = list(itertools.product(WHO.split(), WHAT.split(), WHERE.split()))
-    for i, words in enumerate(random.Random(0).sample(sets, 424)):
-        yield dict(concepts=list(words), target="", split="test" if i < 24 else "train")
-
-
-CAPITALS = """\
-afghanistan: kabul, albania: tirana, algeria: algiers, angola: luanda, argentina: buenos aires,
-armenia: yerevan, australia: canberra, austria: vienna, azerbaijan: baku, bangladesh: dhaka,
-belarus: minsk, belgium: brussels, bolivia: sucre, botswana: gaborone, brazil: brasilia, bulgaria:
-sofia, cambodia: phnom penh, cameroon: yaounde, canada: ottawa, chile: santiago, china: beijing,
-colombia: bogota, croatia: zagreb, cuba: havana, cyprus: nicosia, denmark: copenhagen, ecuador:
-quito, egypt: cairo, estonia: tallinn, ethiopia: addis ababa, finland: helsinki, france: paris,
-georgia: tbilisi, germany: berlin, ghana: accra, greece: athens, hungary: budapest, iceland:
-reykjavik, india: new delhi, indonesia: jakarta, iran: tehran, iraq: baghdad, ireland: dublin,
-israel: jerusalem, italy: rome, jamaica: kingston, japan: tokyo, jordan: amman, kenya: nairobi,
-laos: vientiane, latvia: riga, lebanon: beirut, libya: tripoli, lithuania: vilnius, madagascar:
-antananarivo, malaysia: kuala lumpur, mali: bamako, malta: valletta, mexico: mexico city,
-mongolia: ulaanbaatar, morocco: rabat, mozambique: maputo, namibia: windhoek, nepal: kathmandu,
-new zealand: wellington, nigeria: abuja, norway: oslo, oman: muscat, pakistan: islamabad,
-paraguay: asuncion, peru: lima, poland: warsaw, portugal: lisbon, qatar: doha, romania: bucharest,
-russia: moscow, rwanda: kigali, saudi arabia: riyadh, senegal: dakar, serbia: belgrade, slovakia:
-bratislava, slovenia: ljubljana, somalia: mogadishu, south korea: seoul, spain: madrid, sudan:
-khartoum, sweden: stockholm, syria: damascus, thailand: bangkok, tunisia: tunis, turkey: ankara,
-uganda: kampala, ukraine: kyiv, uruguay: montevideo, venezuela: caracas, vietnam: hanoi, yemen:
-sanaa, zambia: lusaka, zimbabwe: harare
-"""
-
-
-def capitals():
-    """"The capital of Peru is": every third country is kept for tests."""
-    for i, pair in enumerate(CAPITALS.replace("\n", " ").strip().split(", ")):
-        country, capital = pair.split(": ")
-        country = country.title()
-        begin = f"The capital of {country} is"
-        yield begun(f"What is the capital of {country}?", begin, capital, i % 3 == 0)
-
-
+# ---- tables and pictures
 def by_name(rows, task, split="test"):
-    """{"dqo-1": its rows of a CSV, of all seeds}."""
+    """{"dqo-1": its rows of a CSV, of all seeds}, the base first."""
     found = {}
     for row in rows:
         trained_on, _, name = row["run"].partition("-")
         if row.get("task", trained_on) == task and row.get("split", split) == split:
             found.setdefault(name.partition("-s")[0], []).append(row)
-
-    def place(name):
-        objective, _, alpha = name.partition("-")
-        return ORDER.index(objective), float(alpha or 0)
-
-    return {name: found[name] for name in sorted(found, key=place)}
+    order = ("base", "grpo", "dqo", "dqo_quality")
+    return dict(sorted(found.items(), key=lambda x: [x[0].split("-")[0] != o for o in order]))
 
 
 def title(name):
-    return name.replace("-", ", α = ").replace("_quality", ", quality kernel")
-
-
-def show():
-    """The tables: of each task, prompts that were trained on and others."""
-    rows, about = read("real.csv"), dict(train="trained on", test="not trained on")
-    for task, split in itertools.product(TASKS, about):
-        runs, table = by_name(rows, task, split), []
-        if not runs:  # `letters` is for tests only
-            continue
-        columns = {c: shown for c, shown in SHOWN.items() if runs["base"][0][c]}
-        for name, seeds in runs.items():
-            cells = [mean_std([float(row[column]) for row in seeds], digits)
-                     for column, (_, digits) in columns.items()]
-            table.append([title(name), *cells, str(len(seeds))])
-        head = [f"{task}, {about[split]}", *(title for title, _ in columns.values()), "seeds"]
-        markdown(head, table)
+    return name.replace("-", ", α = ")
 
 
 def color_of(name):
-    objective = name.partition("-")[0]
-    return KERNEL if objective == "dqo_quality" else COLORS.get(objective, OTHER)
+    return COLORS[name.split("-")[0]]
+
+
+def show():
+    """Of each task, prompts that were trained on and others."""
+    about = dict(train="trained on", test="not trained on")
+    for task, split in itertools.product(TASKS, about):
+        if runs := by_name(read("real.csv"), task, split):  # `letters` is for tests only
+            table(f"{task}, {about[split]}", {title(name): rows for name, rows in runs.items()},
+                  {label: shown for label, shown in SHOWN.items() if runs["base"][0][shown[0]]})
 
 
 def draw(task="categories"):
-    """real.png: where the runs end, and how grpo and dqo get there."""
-    figure, (plane, *curves) = panels(3, (13, 4))
-    # of labels that would otherwise overlap others
-    offsets = {"dqo-1": (6, -11), "dqo_quality-2": (-118, -10), "likelihood-0.5": (-6, 8),
-               "setpo-5": (-52, -24), "darling-0.8": (6, 4), "dqo_quality-5": (6, -24),
-               "dqo_quality-3": (15, -3), "dqo-0.5": (-36, -28)}
-    for name, seeds in by_name(read("real.csv"), task, "train").items():
-        at = [statistics.mean(float(row[c]) for row in seeds)
-              for c in ("distinct_correct", "quality")]
-        plane.plot(*at, "o", color=color_of(name), ms=6)
-        name_at(plane, at, title(name), color_of(name), offsets.get(name, (6, -3)),
-                size=7.5)
-    plane.set(xlabel="distinct correct responses of 16", ylabel="quality", xlim=(0, 9.6),
-              ylim=(-0.03, 1.1), title="the categories that were trained on")
+    """real.png: where the runs end, and how grpo and dqo get there. real_pass.png: pass@n, the
+    mean over seeds, with the standard error over the prompts."""
+    figure, (plane, *steps) = panels(3, (13, 4))
+    points = []
+    for name, rows in by_name(read("real.csv"), task, "train").items():
+        if name != "base":
+            at = [statistics.mean(numbers(rows, c)) for c in ("distinct_correct", "quality")]
+            plane.plot(*at, "o", color=color_of(name), ms=6)
+            points.append((*at, 3, title(name), color_of(name)))
+    plane.set(xlabel="different right answers of 16", ylabel="quality",
+              title="categories that were trained on")
+    plane.margins(0.15)
     runs = by_name(read("real_training.csv"), task)
     titles = dict(quality="quality", distinct="share of different texts in a group")
-    for axes, (column, name_of_column) in zip(curves, titles.items()):
-        ends = []
+    for axes, (column, what) in zip(steps, titles.items()):
         for name in filter(runs.get, CURVE_OF):
-            steps = sorted({int(row["step"]) for row in runs[name]})
-            means = [statistics.mean(float(row[column]) for row in runs[name]
-                                     if int(row["step"]) == step) for step in steps]
-            axes.plot(steps, means, color=color_of(name), lw=1.4)
-            ends.append((means[-1], title(name), color_of(name)))
-        label_ends(axes, ends, steps[-1], 0.06)
-        axes.set(xlabel="step", xlim=(0, 90), ylim=(0, 1.05), title=name_of_column)
-    save(figure, "real.png")
+            at = {int(row["step"]): [] for row in runs[name]}
+            for row in runs[name]:
+                at[int(row["step"])].append(float(row[column]))
+            axes.plot(list(at), [statistics.mean(x) for x in at.values()], color=color_of(name),
+                      label=title(name))
+        axes.set(xlabel="step", ylim=(0, 1.05), title=what)
+    steps[0].legend()
+    name_points(plane, points, gaps=(2, 12, 24, 40))
+    figure.savefig(HERE / "real.png", dpi=150)
 
-
-def draw_pass():
-    """real_pass.png: pass@n, the mean over seeds, with the standard error over the prompts."""
-    figure, three = panels(3, (13, 4))
-    for axes, (task, about) in zip(three, PASS_OF.items()):
-        ends, runs = [], by_name(read("real_pass.csv"), task)
+    figure, two = panels(2, (9, 4))
+    about = dict(letters="trained on any fruit, asked for one with P", sentences="other sentences")
+    for axes, (task, what) in zip(two, about.items()):
+        runs = by_name(read("real_pass.csv"), task)
         for name in filter(runs.get, ("base", *CURVE_OF)):
-            ys, spread = {}, {}
-            for n in sorted({int(row["n"]) for row in runs[name]}):
-                rows = [row for row in runs[name] if row["n"] == str(n)]
-                ys[n] = statistics.mean(float(row["pass_at"]) for row in rows)
-                spread[n] = statistics.mean(float(row["se"]) for row in rows)
-            plot_pass(axes, list(ys), list(ys.values()), list(spread.values()), color_of(name))
-            ends.append((ys[max(ys)], title(name), color_of(name)))
-        label_ends(axes, ends, 1.06 * max(ys), 0.05)
-        axes.set(title=about, xlim=(0.9, 400), ylim=(0, 1.05))
-    save(figure, "real_pass.png")
+            curve(axes, title(name), color_of(name), {
+                int(n): [statistics.mean(numbers(rows, c)) for c in ("pass_at", "se")]
+                for n in PASS_AT if (rows := where(runs[name], n=n))})
+        axes.set(title=what, ylim=(0, 1.05))
+    two[0].legend()
+    figure.savefig(HERE / "real_pass.png", dpi=150)
 
 
-def main(name, task=None):
-    is_base, task = name == "base", task or name.partition("-")[0]
-    label = f"{task}-base" if is_base else name
-    base, folder = load_model(str(started_from())), RUNS / name
-    policy = base if is_base else load_model(str(folder))
-    second, rows, passed, samples = word_vectors(*base), [], [], []
-    encoder = load_encoder()
-    parts = [(task, "test"), (task, "train"), *([LETTERS] if task == "categories" else [])]
-    for part, split in parts:
-        data, reward, n, _ = TASKS[part]
-        judges = Judges(encoder, load_reward(reward, data), base[0])
-        results, kept = measured(policy, judges, part, split)
-        # The cosine from which the second encoder calls two responses the same: the base says.
-        as_same = RUNS / f"{part}-same.json"
-        if is_base and split == "test":
-            as_same.write_text(str(as_different(encoder, second, kept, n)))
-        (result,) = with_second(results, kept, second, float(as_same.read_text()), n)
-        rows.append([label, part, split, result["prompts"], n, *row_of(result)])
-        if part in PASS_OF:
-            columns = zip(result["pass_at"].items(), result["se"]["pass_at"].values())
-            passed += [[label, part, split, m, f"{x:.4f}", f"{se:.4f}"] for (m, x), se in columns]
-        if split == "test":
-            samples += [[label, x["prompt"], x["response"], x["quality"]]
-                        for i in range(3) for x in kept[i * n:i * n + 8]]
-    seconds = memory = ""
-    if not is_base:
-        seconds, memory, curve = of_training(folder)
-        seconds, memory = f"{seconds:.0f}", f"{memory:.2f}"
-        add("real_training.csv", ["run", "step", *CURVES], [[label, *line] for line in curve])
-    add("real_pass.csv", ["run", "task", "split", "n", "pass_at", "se"], passed)
-    add("real_samples.csv", ["run", "prompt", "response", "quality"], samples)
-    header = ["run", "task", "split", "prompts", "n", "quality", *(f"pass_at_{n}" for n in PASS_AT),
-              *METRICS, "second_effective_diversity", "seconds", "memory_gb"]
-    add("real.csv", header, [[*row, seconds, memory] for row in rows])
+def main(first, *rest):
+    if first == "--prompts":
+        write_prompts()
+    elif first == "--chosen":
+        print(*chosen(*rest), sep="\n")
+    elif first == "--novelty":
+        novelty(rest[0], rest[1:])
+    elif first == "--show":
+        show()
+        draw()
+    else:
+        run(first)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--prompts"]:
-        write_prompts("times", times_tables())
-        write_prompts("capitals", capitals())
-        write_prompts("letters", letters())
-        write_prompts("sentences", sentences())
-    elif sys.argv[1:] == ["--show"]:
-        show()
-        draw()
-        draw_pass()
-    else:
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])
