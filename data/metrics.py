@@ -23,7 +23,7 @@ def normalize(text):
 
 
 # Scripts without spaces, where a token is a character; elsewhere it is a word with its marks.
-SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+SPACELESS = r"[\p{Han}\p{Bopomofo}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = r"[\p{L}\p{M}\p{N}_]"
 WORD = regex.compile(rf"(?V1){SPACELESS}|[{LETTER}--{SPACELESS}]+|[^\s{LETTER}]")
 

@@ -132,7 +132,7 @@ def gsm8k(row, response):
     follow, diversity would be bought with it."""
     right = last_number("#### " + str(row["answer"]).rpartition("####")[2].rstrip("."))
     if right is None:
-        raise BadInput("a number is needed, or a text that ends in #### and a number")
+        raise BadInput("a number is needed, or a text that ends in #### N")
     return float(last_number(response) == right)
 
 
@@ -141,7 +141,7 @@ def math_reward(row, response):
     is free."""
     from math_verify import parse, verify
     answer = str(row["answer"]).rpartition("####")[2]
-    right = parse(answer if "$" in answer or "boxed" in answer else rf"\boxed{{{answer}}}")
+    right = parse(rf"\boxed{{{answer}}}")
     if not right:
         raise BadInput("math-verify finds no expression in it")
     return float(verify(right, parse(response)))
@@ -210,7 +210,7 @@ def loaded(what, function, name):
     except (BadInput, ModuleNotFoundError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0]
         raise BadInput(f"{what} {str(name)[:80]}: {reason}") from None
 
 
@@ -382,8 +382,8 @@ def function_in(name):
 
 
 def reward_model(name, batch=16):
-    """The score of a sequence-classification model with one output, which reads a conversation
-    through its chat template, or without one a pair of texts."""
+    """The score of a sequence-classification model with one output, which reads a conversation by
+    its chat template, or a pair of texts."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     name = name.removeprefix("hf:")
@@ -395,7 +395,8 @@ def reward_model(name, batch=16):
     if found["missing_keys"] or model.config.num_labels != 1:  # else its head would be random
         raise BadInput(f"hf:{name} needs a trained classification head with one output")
     model = model.to(device).eval()
-    size = batch if model.config.pad_token_id is not None else 1  # it reads the last real token
+    # it reads the last token that is no padding
+    size = batch if model.config.pad_token_id == tokenizer.pad_token_id else 1
 
     def encode(prompt, response):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

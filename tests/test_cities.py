@@ -50,7 +50,7 @@ def by_enumeration(phi, f=lambda v: v, k=4):
     (6, 8),
 ])
 def test_expectations_are_exact(n, D):
-    """The table of pairs of pairs, its derivatives and the D-optimality identity are exact."""
+    """The table of pairs of pairs, its derivatives and the identity are exact."""
     phi = unit(n, D, seed=D)
     L = phi @ phi.T
     table = cities.volume_table(L)
@@ -100,7 +100,7 @@ def check_nothing_is_better(objective, best, others):
     (7, 12, 3),
 ])
 def test_optima(n, D, seed):
-    """What is found is optimal: stationary, and as the objectives are concave, the best of all."""
+    """What is found is stationary, and as the objectives are concave, the best of all."""
     phi = unit(n, D, seed)
     L = phi @ phi.T
     uniform = torch.full((n,), 1 / n, dtype=torch.float64)

@@ -54,7 +54,7 @@ with open(f"{out}/{args.process_index}.json", "w") as file:
 
 
 def call(command, timeout, folder=REPO):
-    """Run a command offline (but for pip) on the CPU; its output is shown when it fails."""
+    """Run a command offline (but for pip) on the CPU."""
     command = [str(x) for x in command]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=folder, env=env, timeout=timeout, text=True,
