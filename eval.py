@@ -118,8 +118,8 @@ def plot(results, path):
         best = mean.get("pass_at") or mean["max_at"]
         plane.errorbar(mean[x], mean["quality"], se["quality"], se[x], "o", label=name)
         curve.plot(list(best), list(best.values()), "o-")
-    plane.set(xlabel=x, ylabel="quality", title="with standard errors")
-    curve.set(xlabel="n", ylabel="quality", title="the best of n responses")
+    plane.set(xlabel=x, ylabel="quality", title="quality and diversity, with standard errors")
+    curve.set(xlabel="n", ylabel="quality", title="the best of n")
     plane.legend()
     figure.savefig(path)
 

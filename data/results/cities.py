@@ -149,7 +149,7 @@ def most_volume(table, p, tolerance=1e-8):
 
 
 def gap(slope, p):
-    """The most that a concave objective can gain, from its derivatives at p."""
+    """The most that a concave objective can gain, by its slope at p."""
     return (slope.max() - slope @ p).item()
 
 
@@ -176,7 +176,7 @@ def effective(weights):
 
 
 def measure(L, table, p):
-    """Most of a row of the CSV; `vendi` is of infinitely many answers."""
+    """Most of a row of the CSV; `vendi`: of endless answers."""
     s2, s3, s4 = ((p ** m).sum().item() for m in (2, 3, 4))
     return dict(
         cities_above_1_percent=int((p > 0.01).sum()),
@@ -194,10 +194,10 @@ CONTINENTS = dict.fromkeys(continent for _, _, continent in PLACES)
 COLORS = dict(zip(CONTINENTS, "#1f5fa8 #c45a00 #1f7a1f #b3202a #6b3fa0 #6b5b4b".split()))
 DISC = 5000  # area of a disc of probability 1, in points squared
 # where a name can stand, seen from its point
-SIDES = [(.7, .7), (-.7, .7), (.7, -.7), (-.7, -.7), (1, 0), (-1, 0), (0, 1), (0, -1)]
+SIDES = [(.7, .7), (-.7, .7), (.7, -.7), (-.7, -.7), (0, -1), (0, 1), (-1, 0), (1, 0)]
 
 
-def name_points(axes, points, size=9, gaps=(2,)):
+def name_points(axes, points, size=9, gaps=(2,), sides=SIDES):
     """Names beside points, where they hide no other point or name; if that is nowhere, none.
 
     points: [(x, y, radius, name, color)], radius and gaps in points of print"""
@@ -210,7 +210,7 @@ def name_points(axes, points, size=9, gaps=(2,)):
         taken.append(Bbox.from_extents(px - r, py - r, px + r, py + r))
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for x, y, radius, name, color in points:
-        for gap, (dx, dy) in [(gap, side) for gap in gaps for side in SIDES if name]:
+        for gap, (dx, dy) in [(gap, side) for gap in gaps for side in sides if name]:
             where = dict(xy=(x, y), xytext=(dx * (radius + gap), dy * (radius + gap)),
                          textcoords="offset points")
             text = axes.annotate(
@@ -259,9 +259,9 @@ def plot(phi, policies, path):
             f"{100 * share:.0f} % of the variance")
     figure.text(0.5, 0.015, note, ha="center", fontsize=9, color="0.35")
     for axes, p in zip(both, policies.values()):
-        radius, order = (DISC * p / math.pi).sqrt(), p.argsort(descending=True)
-        name_points(axes, [(*plane[i].tolist(), radius[i].item(), p[i] > 0.02 and PLACES[i][0],
-                            colors[i]) for i in order.tolist() if p[i] > 0.005])
+        radius, order = (DISC * p / math.pi).sqrt().tolist(), p.argsort(descending=True).tolist()
+        name_points(axes, [(*plane[i].tolist(), radius[i], p[i] > 0.02 and PLACES[i][0], colors[i])
+                           for i in order if p[i] > 0.005], sides=SIDES[::-1])
     figure.savefig(path, dpi=170)
 
 
