@@ -29,8 +29,8 @@ If you know GRPO, one thing is DQO: alpha * g_i is added to the reward. Three mo
 practice: the KL penalty is in the reward, not in the loss; advantages are not divided by the
 group's standard deviation, and the loss not by lengths, but by a constant (as in Dr. GRPO).
 
-Read as far as dqo_step, which does it all in order, and you have read DQO. After it comes the
-machinery: sample, embed, token_logps, names that become models.
+dqo_step does it all in order, and update below it moves the weights: read so far, and you have read
+DQO. The machinery follows: sample, embed, token_logps.
 
 Shapes: P prompts, k responses each; N prompt tokens, T response tokens, V vocabulary, D
 embedding width.
@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 
 class BadInput(ValueError):
-    """What the user can mend: one line of train.py and eval.py."""
+    """What the user can mend. train.py and eval.py print it."""
 
 
 # ------------------------------------- the volume
@@ -61,7 +61,7 @@ def gram(phi):
 def log_det(L):
     """Diversity of a group, log det(L + I): (..., k, k) -> (...,).
 
-    With vectors of length 1 between log(1 + k), all equal, and k * log 2, all orthogonal.
+    Of unit vectors: log(1 + k) if all are equal, up to k * log 2 if all are orthogonal.
     """
     return torch.logdet(plus_identity(L)).to(L.dtype)
 
@@ -88,20 +88,20 @@ def plus_identity(L):
 def advantages(returns, baseline="mean"):
     """Returns minus a baseline from the prompt's own group: (P, k, T) -> (P, k, T).
 
-    returns:  what is paid from each token on: at the first one, for the whole response
+    returns:  [..., t] is paid from token t on, so that [..., 0] is for the whole response
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
-    mean  the group's mean, with lower variance: exactly the gradient of J_{k-1}, as the mean
-          depends on y_i too (below). At k = 2 that is J_1, whose plain volume is constant
+    mean  the group's mean, with lower variance. As it depends on y_i too, that is exactly the
+          gradient of J_{k-1} (below). At k = 2 that is J_1, whose plain volume is constant
     std   also divided by the group's standard deviation, as in GRPO. That is the gradient of
           nothing, and blows up tiny gains where all qualities are equal
 
     Why k - 1? Let s_i = grad log pi(y_i), v = log det(L + I), and v_{-j} the same without response
     j, so that g_j = v - v_{-j}.
-    (a)  E[s_i c] = 0 for any c that does not depend on y_i, as v_{-i}
+    (a)  E[s_i b] = 0 for any b that does not depend on y_i, such as v_{-i}
     (b)  hence E[sum_i s_i g_i] = E[sum_i s_i v]
     (c)  mean_j g_j = v - mean_j v_{-j}
-    Subtract E[sum_i s_i (c)] from (b): the v cancel, and mean_j E[sum_i s_i v_{-j}] is left. By (a)
+    (b) minus E[sum_i s_i mean_j g_j]: the v cancel, and mean_j E[sum_i s_i v_{-j}] is left. By (a)
     its i = j drop out: the gradient of E[v of k - 1 responses]. tests/test_gradient.py enumerates.
     """
     if baseline == "none":
@@ -116,7 +116,7 @@ def advantages(returns, baseline="mean"):
 
 # --------------------------------------- the loss
 def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
-    """A scalar whose gradient is the policy gradient; tensors are (P, k, T).
+    """A scalar whose gradient is minus the policy gradient; tensors are (P, k, T).
 
     logp:      log pi of each token, with gradient
     mask:      the tokens of the responses, bool
@@ -136,10 +136,10 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
 
 
 # --------------------------------- the objectives
-# An objective says what each response is paid, the KL penalty aside. It sees the qualities (P, k),
-# the kernel L (P, k, k) and the Rollout, and returns (P, k), or (P, k, T), what is paid from each
-# token on. Another kernel is computed here, from L or rollout.texts. train.py adds file.py:function
-# to OBJECTIVES; those of other papers are in data/results/rivals.py.
+# An objective returns the shaped reward, what each response is paid, the KL penalty aside: (P, k),
+# or (P, k, T), paid from token t on. It sees qualities (P, k) and kernel L (P, k, k), on the CPU,
+# the Rollout, and alpha. Another kernel is computed in it, from L or rollout.texts. train.py adds
+# file.py:function to OBJECTIVES; those of other papers are in data/results/rivals.py.
 def grpo(quality, L, rollout, alpha=0.0):
     """Quality alone, to compare with. With baseline mean and beta 0 it is Dr. GRPO."""
     return quality
@@ -195,7 +195,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     reference:  the frozen starting model, with beta > 0
     known:      a dict of embeddings, kept from step to step
 
-    A number that is not finite raises FloatingPointError before the optimizer steps.
+    A number that is not finite raises FloatingPointError before the optimizer would use it.
     """
     P, k = len(rows), config.k
 
@@ -270,7 +270,7 @@ def update(model, optimizer, rollout, advantage, config):
 
 def micro_batches(rollout, size):
     """Yields (where, part); tensor[where] is what belongs to part of a (P, k, T) tensor. A part is
-    whole groups, `size` responses at most (each prompt runs once), or a piece of a larger group.
+    `size` responses at most: whole groups (each prompt runs once), or a piece of one too large.
     Groups of like length share a part, for little padding. The longest come first: too small a
     memory shows at once."""
     P, k, _ = rollout.mask.shape
@@ -290,29 +290,6 @@ def logps_of(model, rollout, config):
     for where, part in micro_batches(rollout, config.micro_batch):
         logp[where] = token_logps(model, part, config.temperature)
     return logp
-
-
-def measure(rollout, quality, L, shaped, penalty, log_ratio):
-    """Means over a step's responses, for the log; volume and gain are of the plain L."""
-    def spread(x):  # how much a term decides: its standard deviation within a group
-        return x.std(1, correction=0).mean().item()
-
-    P, k, _ = rollout.mask.shape
-    tokens, texts = rollout.mask.sum().item(), rollout.texts
-    truncated = rollout.truncated.cpu()  # (P, k)
-    return dict(
-        quality=quality.mean().item(),
-        log_det=log_det(L).mean().item(),
-        gain=marginal_gains(L).mean().item(),
-        distinct=sum(len(set(texts[i:i + k])) for i in range(0, P * k, k)) / (P * k),
-        length=tokens / (P * k),
-        truncated=truncated.float().mean().item(),
-        truncated_quality=(quality * truncated).sum().item() / max(1, truncated.sum().item()),
-        entropy=-rollout.logp.sum().item() / tokens,
-        kl=log_ratio.sum().item() / (P * k),
-        quality_std=spread(quality),
-        bonus_std=spread((shaped - quality[..., None]).mean(-1)),
-        penalty_std=spread(penalty[..., 0]))
 
 
 # ================================== the machinery
@@ -345,6 +322,29 @@ class Rollout:
                        self.truncated[prompts, responses])
 
 
+def measure(rollout, quality, L, shaped, penalty, log_ratio):
+    """Means over a step's responses, for the log; volume and gain are of the plain L."""
+    def spread(x):  # how much a term decides: its standard deviation within a group
+        return x.std(1, correction=0).mean().item()
+
+    P, k, _ = rollout.mask.shape
+    tokens, texts = rollout.mask.sum().item(), rollout.texts
+    truncated = rollout.truncated.cpu()  # (P, k)
+    return dict(
+        quality=quality.mean().item(),
+        log_det=log_det(L).mean().item(),
+        gain=marginal_gains(L).mean().item(),
+        distinct=sum(len(set(texts[i:i + k])) for i in range(0, P * k, k)) / (P * k),
+        length=tokens / (P * k),
+        truncated=truncated.float().mean().item(),
+        truncated_quality=(quality * truncated).sum().item() / max(1, truncated.sum().item()),
+        entropy=-rollout.logp.sum().item() / tokens,
+        kl=log_ratio.sum().item() / (P * k),
+        quality_std=spread(quality),
+        bonus_std=spread((shaped - quality[..., None]).mean(-1)),
+        penalty_std=spread(penalty[..., 0]))
+
+
 def prompt_ids(tokenizer, prompt, template=None):
     """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
 
@@ -352,7 +352,7 @@ def prompt_ids(tokenizer, prompt, template=None):
     it has been through. Templates write their own start token; tokenizing their text would add one.
     """
     rendered = isinstance(prompt, str) and prompt.startswith(tokenizer.bos_token or "\0")
-    if rendered or isinstance(prompt, str) and not tokenizer.chat_template:
+    if rendered or (isinstance(prompt, str) and not tokenizer.chat_template):
         ids = tokenizer(prompt, add_special_tokens=not rendered).input_ids
         ended = ids[-1:] == [tokenizer.eos_token_id]  # T5-like tokenizers end every text
         return ids[:-1] if ended else ids
@@ -369,8 +369,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     """Draw k responses to each of P prompts, lists of token ids. Returns a Rollout.
 
     Unlike `model.generate`, it runs each prompt once instead of k times, and ended responses leave
-    the batch. No top-p, no top-k, whatever the model recommends: the gradient needs the policy that
-    sampled.
+    the batch. No top-p, no top-k: the gradient needs the policy that sampled.
     """
     model.eval()
     P, B, T, N = len(prompts), len(prompts) * k, max_new_tokens, max(map(len, prompts))
@@ -519,7 +518,7 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     row = torch.arange(P, device=target.device).repeat_interleave(k)  # the prompt of each
     seen = torch.cat([prompt_mask[row], mask[:, :-1]], dim=1)  # (P * k, N + T - 1)
     with precision(model):
-        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some layers mask no single one
+        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some layers do not mask a lone one
             _, cache = forward(model, prompt[:, :-1], prompt_mask[:, :-1], last=1)
             index_rows(cache, row)
             tokens = torch.cat([prompt[row, -1:], target[:, :-1]], dim=1)  # (P * k, T)
