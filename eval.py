@@ -138,7 +138,7 @@ def run(main):
 
 
 def parser_of(options):
-    """A parser of the fields of a dataclass, whose comments are the help texts."""
+    """A parser of a dataclass, whose comments are the help texts."""
     source = "".join(inspect.getsource(c) for c in reversed(options.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for field in fields(options):

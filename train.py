@@ -249,7 +249,7 @@ def train(options, inputs):
         try:
             metrics, samples = dqo.dqo_step(
                 model, tokenizer, encoder, reward, optimizer, batch, options, reference, known)
-        except Exception:  # of the reward, say: nothing of this step is in the weights yet
+        except Exception:  # nothing of this step is in the weights yet
             if options.epochs == 1 and step > done + 1:
                 save(out, step - 1, model, tokenizer, optimizer, known)
                 print(f"\nstep {step} failed; to repeat it: python train.py --resume {out} (out of "

@@ -66,12 +66,13 @@ def distinct_n(texts, n):
 def self_bleu(texts):
     """Mean BLEU-4 of each response against the others (Zhu et al. 2018); 1 if all are equal.
     Add-one smoothing above unigrams, brevity penalty against the closest length."""
-    counts = [[Counter(ngrams(words(text), n)) for n in range(1, 5)] for text in texts]
+    counts = [[Counter(ngrams(t, n)) for n in range(1, 5)] for t in map(words, texts)]
     most = [{}, {}, {}, {}]  # n-gram: its two largest counts in a text
     for count in counts:
         for n in range(4):
             for gram, c in count[n].items():
-                most[n][gram] = sorted((*most[n].get(gram, (0, 0)), c))[1:]
+                low, high = most[n].get(gram, (0, 0))
+                most[n][gram] = (high, c) if c > high else (max(low, c), high)
     total = 0.0
     for i, mine in enumerate(counts):
         log_precision = 0.0
