@@ -183,7 +183,7 @@ def cut(path, step):
 
 # --------------------------------------- training
 def batch_of(rows, step, prompts, seed):
-    """The rows of one step: shuffled passes over the data, a function of seed and step alone."""
+    """The rows of one step of shuffled passes over the data, a function of seed and step."""
     batch = []
     for position in range((step - 1) * prompts, step * prompts):
         epoch, i = divmod(position, len(rows))
