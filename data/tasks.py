@@ -287,7 +287,7 @@ def read_lines(path, source):
 
 
 def is_prompt(prompt):
-    """Whether it is a text, or chat messages of text."""
+    """A text, or chat messages of text."""
     if isinstance(prompt, str):
         return prompt.strip() != ""
     return isinstance(prompt, list) and prompt != [] and all(
