@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 import re
 import runpy
 import statistics
@@ -69,21 +68,15 @@ def test_worked_group(monkeypatch):
 
 
 def test_the_code_runs(tmp_path, monkeypatch):
-    """The loop that trains any model; scoring what one has; the sampling that was trained."""
+    """The loop, scoring what one has, the sampling that was trained, an objective of one's own."""
     monkeypatch.chdir(tmp_path)
     assert len(output_of(lambda: exec(block(README, "dqo_step("), {})).splitlines()) == 3
     assert output_of(lambda: exec(block(DATA, "group_metrics"), {})).strip()
     code = block(DATA, "pipeline(").replace("runs/dqo", str(REPO / "data/tiny"))
     assert output_of(lambda: exec(code, {})).strip()
-
-
-def test_objective_of_your_own():
-    """The three lines of data/README.md by hand: e1 e1 e2 e2 are 1/2 apart on average."""
-    space = {}
-    exec(block(DATA, "def spread("), space)
+    exec(block(DATA, "def spread("), space := {})  # e1 e1 e2 e2: 1/2 apart on average
     L = torch.eye(2).repeat_interleave(2, 0).repeat_interleave(2, 1)[None]  # (1, 4, 4)
-    got = space["spread"](torch.ones(1, 4), L, None, 0.5)
-    torch.testing.assert_close(got, torch.full((1, 4), 1.25))
+    assert space["spread"](torch.ones(1, 4), L, None, 0.5).tolist() == [[1.25] * 4]
 
 
 # ------------------------------ names, links, flags
@@ -129,25 +122,36 @@ def test_every_test_that_is_named_exists():
 
 
 # ------------- the numbers are those of the CSVs
+def first(model, column, tasks, split="test", seeds="012"):
+    """Per seed, the mean over tasks of a column of first.csv."""
+    found = [[float(row[column]) for row in read("first.csv") if row["task"] in tasks
+              and (row["model"], row["split"], row["seed"]) == (model, split, s)] for s in seeds]
+    assert {len(values) for values in found} == {len(tasks)}
+    return [statistics.mean(values) for values in found]
+
+
 def test_the_first_run():
-    """README's table is that of first.json, and its sentence under it holds."""
-    results = json.loads((REPO / "data/results/first.json").read_text())
-    models = {result["model"]: {} for result in results}
-    for result in results:
-        models[result["model"]][result["task"]] = result
-    base, grpo, ours = models.values()
+    """README's table is seed 0 of first.csv, that of data/results all three, and what they say."""
     digits = dict(quality=2, distinct_correct=1, effective_diversity=2)
-    means = [{key: statistics.mean(r[key] for r in of.values()) for key in digits}
-             for of in (base, grpo, ours)]
+    tasks, models = ("instruct", "summarize", "story", "reason"), ("base", "grpo", "dqo")
     shown = rows_of(README, "task")
-    assert list(shown) == [*base, "mean"]
+    assert list(shown) == [*tasks, "mean"]
     for task, found in shown.items():
-        measured = means if task == "mean" else [of[task] for of in (base, grpo, ours)]
-        wanted = [f"{r[key]:.{n}f}" for key, n in digits.items() for r in measured]
+        some = tasks if task == "mean" else [task]
+        wanted = [f"{first(m, c, some, seeds='0')[0]:.{n}f}" for c, n in digits.items()
+                  for m in models]
         assert [x.strip("*") for x in found] == wanted, task
-    assert abs(means[2]["quality"] - means[1]["quality"]) < 0.03
-    before, after, kept = (m["distinct_correct"] for m in means)
-    assert after < before < kept and kept > 1.5 * after
+    hard = [("instruct", "pass_at_1", 2), ("instruct", "pass_at_16", 2), ("reason", "pass_at_1", 2),
+            ("reason", "pass_at_16", 2), ("reason", "distinct_correct", 1)]
+    for model, found in rows_of(RESULTS, "today").items():
+        values = [(first(model, c, tasks), n) for c, n in digits.items()]
+        values += [(first(model, c, [task], "hard"), n) for task, c, n in hard]
+        assert found == [f"{statistics.mean(x):.{n}f} ± {statistics.stdev(x):.{n}f}"
+                         for x, n in values], model
+    before, after, kept = (statistics.mean(first(m, "distinct_correct", tasks)) for m in models)
+    assert after < before < kept and f"DQO has {kept / after:.1f} times GRPO's" in RESULTS
+    after, kept = (statistics.mean(first(m, "quality", tasks)) for m in models[1:])
+    assert f"for {after - kept:.2f} of quality" in RESULTS
 
 
 COLUMNS = ("quality", "pass_at_4", "pass_at_16", "distinct_correct", "effective_diversity",
@@ -194,11 +198,8 @@ def test_the_real_model():
 
 
 def test_cities():
-    template = "I recommend visiting {city}, {country}."
+    template, columns = "I recommend visiting {city}, {country}.", ("vendi", "distance", "log_det")
     rows = [row for row in read("cities.csv") if row["template"] == template]
-    shown = rows_of(RESULTS, "policy")
-    assert len(rows) == len(shown) == 4
-    for row, found in zip(rows, shown.values()):
-        digits = dict(effective_cities=1, vendi=1, distance=3, log_det=3)
-        wanted = [f"{float(row[column]):.{n}f}" for column, n in digits.items()]
-        assert found == [row["cities_above_1_percent"], *wanted], row["objective"]
+    for row, found in zip(rows, rows_of(RESULTS, "policy").values(), strict=True):
+        assert found[0] == row["cities_above_1_percent"]
+        assert found[2:] == [f"{float(row[c]):.{1 if c == 'vendi' else 3}f}" for c in columns]

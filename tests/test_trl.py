@@ -82,10 +82,8 @@ def run(launcher, out, **settings):
 
 
 def check(seen, alpha, groups, k=8):
-    """Advantages as TRL used them against ours, computed here from the texts alone.
-
-    seen: (prompt, response, advantage) in any order: rows of one prompt are its group, as no prompt
-    comes twice in so few steps."""
+    """Advantages as TRL used them against ours, from the texts alone. seen: (prompt, response,
+    advantage) in any order: no prompt comes twice in so few steps."""
     rows = {row["prompt"] + " :": row for row in load_rows("story", "train")}
     found = defaultdict(list)
     for prompt, response, advantage in seen:
