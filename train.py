@@ -304,8 +304,8 @@ def conclude(out, options, policies, encoder, reward, rows):
     print(eval.table(results, SUMMARY))
     eval.plot(results, out / "run.png")
     print(f"""
-The model is in {out}, a picture of this in {out}/run.png. Next, the same with another --objective,
-as grpo, and: python eval.py {options.model} {out} OTHER""")
+The model is in {out}, the picture in {out}/run.png. Next, another --objective, as grpo, and,
+with --data and --reward as here: python eval.py {options.model} {out} OTHER""")
 
 
 if __name__ == "__main__":
