@@ -390,7 +390,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
         raise FloatingPointError("the model's log-probabilities are not finite")
     is_end = mask & torch.isin(response, end)
     spoken = [row[keep].tolist() for row, keep in zip(response.cpu(), (mask & ~is_end).cpu())]
-    texts, whole = read(tokenizer, [ids for ids in prompts for _ in range(k)], spoken)
+    texts, whole = read(tokenizer, prompts, spoken)
     return Rollout(prompt, prompt_mask, response.view(P, k, T), mask.view(P, k, T),
                    logp[:, :T].view(P, k, T), texts, whole, ~is_end.any(1).view(P, k))
 
@@ -542,21 +542,22 @@ def prompt_ids(tokenizer, prompt, template=None):
 
 
 def read(tokenizer, prompts, responses):
-    """Lists of token ids become texts: (the answers, the same with the thoughts before them).
+    """Token ids, k responses a prompt, become texts: (answers, the same with thoughts).
 
     The answer is what follows the last </think>, or "" if a thought was begun, by the model or its
-    template, and not closed.
+    template, not closed.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and "think>" not in token.content}
-    texts, whole = [], []
-    for prompt, response in zip(prompts, responses):
-        ids = [i for i in response if i not in special]
-        before, text = tokenizer.decode(prompt), tokenizer.decode(ids)
+    before, texts, whole = [tokenizer.decode(x) for x in prompts], [], []
+    for i, response in enumerate(responses):
+        p = i * len(prompts) // len(responses)
+        ids = [x for x in response if x not in special]
+        text = tokenizer.decode(ids)
         if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
-            # WARNING  Llama-2's tokenizer and its relatives drop the first space of a text
-            text = tokenizer.decode(prompt + ids)[len(before):]
-        begun = "<think>" if before.rstrip().endswith("<think>") else ""
+            # WARNING  Llama-2's tokenizer and relatives drop a text's first space
+            text = tokenizer.decode(prompts[p] + ids)[len(before[p]):]
+        begun = "<think>" if before[p].rstrip().endswith("<think>") else ""
         _, closed, answer = (begun + text).rpartition("</think>")
         answer = answer.lstrip() if closed else answer
         texts.append("" if "<think>" in answer else answer)

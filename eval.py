@@ -167,6 +167,10 @@ def load_policy(name):
     return PeftModel.from_pretrained(base, name).merge_and_unload(), tokenizer
 
 
+def checkpoints(run):
+    return sorted(run.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def append(path, rows):
     """Lines at the end of a .jsonl file."""
     with open(path, "a", encoding="utf-8") as file:
@@ -207,7 +211,7 @@ def check(options, names):
     if options.n < 1 or options.batch < 1 or (options.temperature or 0) < 0:
         raise BadInput("--n and --batch are at least 1, --temperature at least 0")
     for name in names:
-        steps = sorted(Path(name).glob("step-*"), key=lambda path: int(path.name[5:]))
+        steps = checkpoints(Path(name))
         if steps and not Path(name, "config.json").is_file():
             raise BadInput(f"{name} has not ended: evaluate {steps[-1]}")
     folders = [Path(x).parent if Path(x).name.startswith("step-") else Path(x) for x in names]

@@ -156,10 +156,6 @@ class AdaptersOff:
 
 
 # --------------------------------- the run folder
-def checkpoints(out):
-    return sorted(out.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-
-
 def save(out, step, model, tokenizer, optimizer, known):
     """All that the next step needs; its random numbers are a function of the seed and the step.
     Written under another name and renamed: a folder called step-N is complete."""
@@ -171,7 +167,7 @@ def save(out, step, model, tokenizer, optimizer, known):
     tokenizer.save_pretrained(new)
     torch.save(dict(optimizer=optimizer.state_dict(), known=known), new / "state.pt")
     os.replace(new, out / f"step-{step}")
-    for old in checkpoints(out)[:-1]:
+    for old in eval.checkpoints(out)[:-1]:
         shutil.rmtree(old)
 
 
@@ -222,8 +218,8 @@ def train(options, inputs):
         ("train", options.limit), ("test", min(options.limit or 32, 32))))
     reward = load_reward(options.reward, rows + test_rows)
     encoder = loaded("--encoder", dqo.load_encoder, options.encoder)
-    if options.resume and checkpoints(out):
-        checkpoint = checkpoints(out)[-1]
+    if options.resume and eval.checkpoints(out):
+        checkpoint = eval.checkpoints(out)[-1]
         done = int(checkpoint.name.removeprefix("step-"))
     set_seed(options.seed)
     model, tokenizer, reference, optimizer, known = load(options, checkpoint)
