@@ -41,7 +41,6 @@ embedding width.
 import importlib.util
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -49,10 +48,10 @@ import torch.nn.functional as F
 
 
 class BadInput(ValueError):
-    """What the user can mend. train.py and eval.py print it."""
+    """What the user can mend."""
 
 
-# ------------------------------------- the volume
+# ---- the volume
 def gram(phi):
     """L_ij = <phi_i, phi_j>: (..., k, D) -> (..., k, k)."""
     return phi @ phi.mT
@@ -71,8 +70,7 @@ def marginal_gains(L):
 
     g_i = log det(M) - log det(M_{-i}) with M = L + I. By Cramer's rule det(M_{-i}) is
     det(M) * [M^-1]_ii, so g_i = -log [M^-1]_ii: one inverse gives all k gains. With vectors of
-    length 1 they lie between log(1 + 1/k), all equal, and log 2, all orthogonal. In a group of
-    real texts their standard deviation is 0.05 to 0.2: at alpha = 1, that much reward.
+    length 1 they lie between log(1 + 1/k), all equal, and log 2, all orthogonal.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(plus_identity(L)))
     return -inverse.diagonal(dim1=-2, dim2=-1).log().to(L.dtype)
@@ -84,7 +82,7 @@ def plus_identity(L):
     return L + torch.eye(L.shape[-1]).to(L)
 
 
-# --------------------------------- the advantages
+# ---- the advantages
 def advantages(returns, baseline="mean"):
     """Returns minus a baseline from the prompt's own group: (P, k, T) -> (P, k, T).
 
@@ -107,14 +105,11 @@ def advantages(returns, baseline="mean"):
     if baseline == "none":
         return returns
     centred = returns - returns.mean(dim=1, keepdim=True)
-    if baseline == "mean":
-        return centred
-    if baseline == "std":
-        return centred / (returns[..., :1].std(dim=1, keepdim=True) + 1e-4)
-    raise BadInput(f"baseline {baseline}: choose mean, none or std")
+    divisor = dict(mean=1, std=returns[..., :1].std(dim=1, keepdim=True) + 1e-4)
+    return centred / divisor[baseline]
 
 
-# --------------------------------------- the loss
+# ---- the loss
 def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
     """A scalar whose gradient is minus the policy gradient; tensors are (P, k, T).
 
@@ -135,11 +130,10 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
     return -(surrogate * mask).sum() / (P * k * max_new_tokens)
 
 
-# --------------------------------- the objectives
+# ---- the objectives
 # An objective returns the shaped reward, what each response is paid, the KL penalty aside: (P, k),
 # or (P, k, T), summed from token t on. It gets r as quality (P, k), L (P, k, k), both on the CPU,
-# the Rollout, and alpha. Another kernel is computed in it, from L or rollout.texts. train.py adds
-# file.py:function to OBJECTIVES; those of other papers are in data/results/rivals.py.
+# the Rollout, and alpha. Another kernel is computed in it, from L or rollout.texts.
 def grpo(quality, L, rollout, alpha=0.0):
     """Quality alone, to compare with. With baseline mean and beta 0 it is Dr. GRPO."""
     return quality
@@ -183,10 +177,10 @@ class Config:
     template: dict | None = None  # options of the chat template: {"enable_thinking": false}
 
 
-# --------------------------------- the whole step
+# ---- the whole step
 def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference=None,
              known=None):
-    """One step of the algorithm. Returns (metrics, samples), a dict and a list of dicts.
+    """One step of DQO. Returns (metrics, samples), a dict and a list of dicts.
 
     model:      updated in place by `optimizer`, once per epoch
     encoder:    anything with sentence-transformers' `.encode(list of str)`
@@ -231,13 +225,13 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     if not finite.all():
         p = int(finite.int().argmin())
         raise FloatingPointError(f"not finite for the prompt {str(rows[p]['prompt'])[-80:]!r}: "
-                                 f"qualities {quality[p].tolist()}, paid {shaped[p].tolist()}")
+                                 f"qualities {quality[p].tolist()}")
 
     # 6. Move the weights of the model.
     norm, mismatch = update(model, optimizer, rollout, advantage.to(model.device), config)
     metrics = measure(rollout, quality, L, shaped, penalty, log_ratio)
     columns = quality, marginal_gains(L), advantage[..., 0]  # each (P, k)
-    numbers = zip(*(column.flatten().tolist() for column in columns))
+    numbers = zip(*(x.flatten().tolist() for x in columns))
     samples = [dict(prompt=row["prompt"], response=text, quality=q, gain=g, advantage=a)
                for row, text, (q, g, a) in zip(each, rollout.whole, numbers)]
     return dict(metrics, grad_norm=norm.item(), mismatch=mismatch.item()), samples
@@ -246,7 +240,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 def update(model, optimizer, rollout, advantage, config):
     """Optimizer steps on one rollout, one per epoch. Returns the norm of the last gradient, and how
     far token_logps is from sample: rounding, or a bug."""
-    model.train()  # for gradient checkpointing; all dropout must be 0
+    model.train()  # gradient checkpointing needs it; dropout is 0
     old_logp = torch.zeros_like(rollout.logp)
     for epoch in range(config.epochs):
         optimizer.zero_grad()
@@ -264,7 +258,7 @@ def update(model, optimizer, rollout, advantage, config):
         if not norm.isfinite():
             raise FloatingPointError("the gradient is not finite")
         optimizer.step()
-    optimizer.zero_grad()  # frees memory
+    optimizer.zero_grad()
     return norm, (old_logp - rollout.logp).abs().sum() / rollout.mask.sum()
 
 
@@ -285,14 +279,14 @@ def micro_batches(rollout, size):
 
 @torch.no_grad()
 def logps_of(model, rollout, config):
-    """log pi of all response tokens under a model, (P, k, T), a micro-batch at a time."""
+    """log pi of all responses under a model, (P, k, T), a micro-batch at a time."""
     logp = torch.zeros_like(rollout.logp)
     for where, part in micro_batches(rollout, config.micro_batch):
         logp[where] = token_logps(model, part, config.temperature)
     return logp
 
 
-# ================================== the machinery
+# ==== the machinery
 @dataclass
 class Rollout:
     """What `sample` drew. One row, with N = 3, T = 4, end token 2:
@@ -318,8 +312,7 @@ class Rollout:
         N, T = int(self.prompt_mask[prompts].sum(1).max()), int(mask.sum(-1).max())
         return Rollout(self.prompt[prompts, -N:], self.prompt_mask[prompts, -N:],
                        self.response[prompts, responses, :T], mask[..., :T],
-                       self.logp[prompts, responses, :T], [], [],
-                       self.truncated[prompts, responses])
+                       self.logp[prompts, responses, :T], [], [], None)
 
 
 def measure(rollout, quality, L, shaped, penalty, log_ratio):
@@ -329,7 +322,7 @@ def measure(rollout, quality, L, shaped, penalty, log_ratio):
 
     P, k, _ = rollout.mask.shape
     tokens, texts = rollout.mask.sum().item(), rollout.texts
-    truncated = rollout.truncated.cpu()  # (P, k)
+    truncated = rollout.truncated
     return dict(
         quality=quality.mean().item(),
         log_det=log_det(L).mean().item(),
@@ -355,7 +348,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     model.eval()
     P, B, T, N = len(prompts), len(prompts) * k, max_new_tokens, max(map(len, prompts))
     end = torch.tensor(end_tokens(model, tokenizer), device=model.device)
-    # Padding is masked, so any id will do; a tokenizer's own pad id may have no embedding.
+    # Padding is masked: any id will do.
     prompt = torch.tensor([[0] * (N - len(x)) + x for x in prompts], device=model.device)
     prompt_mask = torch.tensor([[0] * (N - len(x)) + [1] * len(x) for x in prompts]).to(prompt)
     response = torch.zeros(B, T, dtype=torch.long, device=model.device)
@@ -392,7 +385,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
     spoken = [row[keep].tolist() for row, keep in zip(response.cpu(), (mask & ~is_end).cpu())]
     texts, whole = read(tokenizer, prompts, spoken)
     return Rollout(prompt, prompt_mask, response.view(P, k, T), mask.view(P, k, T),
-                   logp[:, :T].view(P, k, T), texts, whole, ~is_end.any(1).view(P, k))
+                   logp[:, :T].view(P, k, T), texts, whole, ~is_end.any(1).view(P, k).cpu())
 
 
 def draw(log_probs, u):
@@ -413,7 +406,7 @@ def end_tokens(model, tokenizer):
     ids = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     if not ids:
-        raise BadInput("neither the tokenizer nor the model names an end token")
+        raise BadInput("neither tokenizer nor model names an end token")
     return sorted(ids)
 
 
@@ -439,9 +432,9 @@ def log_softmax(logits, temperature):
 
 
 def precision(model):
-    """bf16 products where a GPU has them. The weights stay float32: bf16 would lose small steps."""
-    has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16)
+    """bf16 products, if load_model says so. Weights stay float32: bf16 would lose small steps."""
+    bf16 = getattr(model, "bf16", False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
 
 
 def embed(encoder, texts, known=None):
@@ -463,12 +456,12 @@ def embed(encoder, texts, known=None):
     return torch.stack([known[text] for text in texts])
 
 
-def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
+def token_logps(model, rollout, temperature=1.0):
     """log pi of each response token, (P, k, T), with gradient; 0 outside rollout.mask.
 
     Each position predicts the next token, so the logits of the last prompt token belong to the
     first response token. The rest of the prompt runs once per group: there the gradients of the k
-    responses add up. chunk: logits normalised at a time.
+    responses add up.
     """
     P, k, T = rollout.mask.shape
     target, mask = rollout.response.flatten(0, 1), rollout.mask.flatten(0, 1)  # (P * k, T)
@@ -484,7 +477,7 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
             cache, tokens = None, torch.cat([prompt[row], target[:, :-1]], dim=1)
         logits, _ = forward(model, tokens, seen, cache, last=T)  # (P * k, T, V)
 
-    rows = max(1, chunk // logits.shape[-1])
+    rows = max(1, 2 ** 22 // logits.shape[-1])
     logp = PickedLogProbs.apply(logits.flatten(0, 1), target.flatten(), temperature, rows)
     return logp.view(P, k, T).masked_fill(~rollout.mask, 0.0)
 
@@ -492,9 +485,8 @@ def token_logps(model, rollout, temperature=1.0, chunk=2 ** 22):
 class PickedLogProbs(torch.autograd.Function):
     """log_softmax(logits)[target]: (n, V), (n,) -> (n,), `rows` rows at a time.
 
-    The logits are the largest tensor of a run, 8 GB for 64 x 256 tokens of 128k, and autograd would
-    keep three copies. Here the gradient, (onehot(target) - p) / temperature, overwrites them: there
-    can be one backward only.
+    The logits are the largest tensor of a run, and autograd would keep three copies. Here the
+    gradient, (onehot(target) - p) / temperature, overwrites them: there can be one backward only.
     """
 
     @staticmethod
@@ -565,17 +557,16 @@ def read(tokenizer, prompts, responses):
     return texts, whole
 
 
-# -------------------------------- names to models
-ROOT, MINILM = Path(__file__).resolve().parent, "sentence-transformers/all-MiniLM-L6-v2"
+# ---- names to models
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def load_model(name):
-    """(model, tokenizer) of a folder or hub id, a causal language model: float32, and without
-    dropout, as the policy that is scored must be the one that sampled."""
+def load_model(name, bf16=None, frozen=False):
+    """(model, tokenizer) of a folder or hub id, a causal language model: in float32, and without
+    dropout, as the policy that is scored must be the one that sampled. bf16: None, where it is fast
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    if not Path(name).exists() and (ROOT / name).exists():  # data/tiny, from anywhere
-        name = str(ROOT / name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{name}: quantised weights cannot be trained")
     for part in filter(None, [config, *(getattr(config, sub) for sub in config.sub_configs)]):
@@ -585,10 +576,32 @@ def load_model(name):
     model, found = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:  # WARNING  transformers puts random numbers in their place
-        raise BadInput(f"{name} has no weights for {sorted(found['missing_keys'])[:3]}")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper, pytorch#196678
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        raise BadInput(f"{name} has no weights for {min(found['missing_keys'])}")
+    is_large = model.num_parameters() > 10_000_000
+    device, fast = "cpu", is_large and torch.cpu.get_capabilities().get("amx_bf16", False)
+    if torch.cuda.is_available():
+        device, fast = "cuda", torch.cuda.is_bf16_supported(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper, pytorch#196678
+    model.bf16 = fast if bf16 is None else bf16
+    model = freeze(model) if frozen else model
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def freeze(model):
+    """No gradients; what bf16 products would cast is kept in bf16: half the memory."""
+    table = model.get_input_embeddings().weight  # looked up, not multiplied
+    for layer in model.modules():
+        if model.bf16 and isinstance(layer, torch.nn.Linear) and layer.weight is not table:
+            layer.bfloat16()
+    return model.requires_grad_(False)
+
+
+def dither(model):
+    """Moves weights at random within what bf16 rounds to the same number. Published ones are such
+    numbers, and small steps would be rounded away."""
+    for weight in model.parameters():
+        mantissa = torch.frexp(weight.data).mantissa.abs().clamp(min=0.5)
+        weight.data *= 1 + (torch.rand_like(weight) - 0.5) / (256 * mantissa)
 
 
 def load_encoder(name=MINILM):

@@ -13,9 +13,10 @@ import inspect
 import json
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def table(results, labels=None):
     return "\n".join(lines)
 
 
-def plot(results, path):
+def plot(results, path, hard=None):
     """Left: the quality-diversity plane. Right: pass@n, or max@n where nothing is correct."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="tight")
@@ -115,11 +116,13 @@ def plot(results, path):
     for name, tasks in by_model(results).items():
         mean, se = list(tasks.values())[-1]  # over the tasks
         x = "distinct_correct" if "pass_at" in mean else "distinct_4"
-        best = mean.get("pass_at") or mean["max_at"]
         plane.errorbar(mean[x], mean["quality"], se["quality"], se[x], "o", label=name)
+    for tasks in by_model(hard or results).values():
+        mean, _ = list(tasks.values())[-1]
+        best = mean.get("pass_at") or mean["max_at"]
         curve.plot(list(best), list(best.values()), "o-")
     plane.set(xlabel=x, ylabel="quality", title="quality and diversity, with standard errors")
-    curve.set(xlabel="n", ylabel="quality", title="the best of n")
+    curve.set(xlabel="n", ylabel="quality", title="the best of n" + " (hard prompts)" * bool(hard))
     plane.legend()
     figure.savefig(path)
 
@@ -143,8 +146,11 @@ def parser_of(options):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for field in fields(options):
         field.metadata = dict(help=comments[field.name].replace("%", "%%"))
-    return HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
-                            allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
+                              allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter,
+                              conflict_handler="resolve")
+    parser.add_argument("--bf16", action=BooleanOptionalAction, help=comments["bf16"])
+    return parser
 
 
 def JSON(text):
@@ -158,12 +164,13 @@ def use_one_thread(model):
         print("a small model on a CPU: one thread")
 
 
-def load_policy(name):
+def load_policy(name, bf16=None):
     """(model, tokenizer); the adapters of a --lora run that has not ended are merged."""
     if not Path(name, "adapter_config.json").is_file():
-        return dqo.load_model(name)
+        return dqo.load_model(name, bf16)
     from peft import PeftConfig, PeftModel
-    base, tokenizer = dqo.load_model(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    of = PeftConfig.from_pretrained(name)
+    base, tokenizer = dqo.load_model(of.base_model_name_or_path, bf16)
     return PeftModel.from_pretrained(base, name).merge_and_unload(), tokenizer
 
 
@@ -185,6 +192,7 @@ class Common:
     reward: str | None = None       # a task's, hf:MODEL, or file.py:function [the task's own]
     threshold: float | None = None  # quality of what is correct [the task's]; --threshold=-1e-3
     encoder: str = dqo.MINILM       # a sentence-transformers model
+    bf16: bool | None = None        # multiply in bf16, or --no-bf16 [where that is fast]
     template: JSON = None           # of the chat template: '{"enable_thinking": false}'
     limit: int = 0                  # only the first prompts of each task
     n: int = 16                     # responses per prompt that is measured
@@ -217,7 +225,7 @@ def check(options, names):
     folders = [Path(x).parent if Path(x).name.startswith("step-") else Path(x) for x in names]
     files = [folder / "run.json" for folder in folders]
     runs = [json.loads(path.read_text("utf-8")) for path in files if path.is_file()]
-    tiny = all(Path(name).name == "tiny" for name in names)
+    tiny = {*map(Path, names)} == {Path("data/tiny")}
     usual = dict(temperature=1.0, template=None, max_new_tokens=24 if tiny else 256)
     for key in usual:
         values = [run[key] for run in runs] or [usual[key]]
@@ -241,7 +249,7 @@ def main():
     with ExitStack() as after:
         after.callback(lambda: print(table(results)))
         for name in names.models:
-            policy = loaded("MODEL", load_policy, name)
+            policy = loaded("MODEL", partial(load_policy, bf16=options.bf16), name)
             use_one_thread(policy[0])
             if judge and judges.get_vocab() != policy[1].get_vocab():
                 raise BadInput(f"--judge {options.judge}: its tokens are not those of {name}")

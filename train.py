@@ -6,8 +6,8 @@
     python train.py --model MODEL --data my.jsonl --reward my.py:score --lora 16
     python train.py --resume runs/dqo     # after a crash or Ctrl-C
 
-What happens in a step is `dqo.dqo_step`. A run folder is a transformers model, beside run.json, the
-flags; metrics.jsonl, a line per step; samples.jsonl, every response: read it; step-N, to resume.
+A step is `dqo.dqo_step`. A run folder is a transformers model, with run.json, the flags;
+metrics.jsonl, a line per step; samples.jsonl, every response: read it; step-N, to resume.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ import inspect
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import filelock
@@ -35,19 +36,19 @@ from dqo import BadInput
 
 # Defaults of data/tiny and of others. A real model needs a small lr and a KL penalty, or it
 # unlearns its language. Adapters start at 0 and want ten times the lr.
-TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=640, micro_batch=32)
+TINY = dict(lr=3e-4, beta=0.0, max_new_tokens=24, steps=480, micro_batch=32)
 REAL = dict(lr=5e-6, beta=0.02, max_new_tokens=256, steps=None, micro_batch=16)
-SUMMARY = "quality", "pass@16", "max@16", "distinct correct", "effective diversity"  # at the end
-RIVALS = dqo.ROOT / "data/results/rivals.py"  # objectives by name
+SUMMARY = "quality", "max@16", "distinct correct", "effective diversity"  # at the end
+RESULTS = Path(__file__).resolve().parent / "data/results"
 
 
 @dataclass
 class Options(eval.Common, dqo.Config):
     model: str = "data/tiny"        # a folder or hub id
     lora: int = 0                   # train adapters of this rank in place of all weights
-    gradient_checkpointing: bool = False  # a third more time, far less memory
+    gradient_checkpointing: bool = False  # a third more time, less memory
     lr: float | None = None         # of AdamW; decays over the second half [tiny: 3e-4, 5e-6]
-    steps: int | None = None        # [tiny: 640, else one pass over the data, at most 1000]
+    steps: int | None = None        # [tiny: 480, else one pass over the data, at most 1000]
     prompts: int = 8                # per step
     save_every: int = 100           # steps between checkpoints
     out: str | None = None          # the run folder [runs/OBJECTIVE, or the next free one]
@@ -61,11 +62,11 @@ def parse():
     if first.resume:
         path = Path(first.resume, "run.json")
         if not path.is_file():
-            raise BadInput(f"--resume {first.resume}: there is no run.json in it")
+            raise BadInput(f"--resume {first.resume}: no run.json in it")
         stored = json.loads(path.read_text("utf-8"))
         parser.set_defaults(**dict(stored, out=first.resume))
     else:
-        tiny = Path(first.model).resolve() == Path("data/tiny").resolve()
+        tiny = Path(first.model) == Path("data/tiny")
         out = f"runs/{first.objective.rpartition(':')[2]}"
         outs = [out, *(f"{out}-{i}" for i in range(2, 1000))]
         usual = dict(TINY if tiny else REAL, out=next(x for x in outs if not Path(x).exists()))
@@ -83,17 +84,15 @@ def parse():
         value = getattr(options, name)
         if value is not None and not value >= least[name]:
             raise BadInput(f"--{name} {value}: here it is at least {least[name]}")
-    for name in stored.keys() & vars(options).keys() - {"resume", "out"}:
-        if stored[name] != getattr(options, name):
-            print(f"--{name}: {stored[name]} -> {getattr(options, name)}")
     return options, stored.get("inputs", {})
 
 
 def default_alpha(name):
     """The default strength of an objective, which dqo_step then knows by its name."""
     if name not in dqo.OBJECTIVES:
+        where = name if ":" in name else f"{RESULTS}/rivals.py:{name}"
         try:
-            dqo.OBJECTIVES[name] = function_in(name if ":" in name else f"{RIVALS}:{name}")
+            dqo.OBJECTIVES[name] = function_in(where)
         except BadInput as error:
             raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}, and as "
                            f"file.py:function {error}") from None
@@ -108,8 +107,7 @@ def inputs_of(options):
     files = [task_of(name).source for name in options.data.split(",")]
     files += [str(name).rpartition(":")[0] for name in (options.reward, options.objective)]
     if options.lora or options.beta > 0:  # the reference
-        folder = Path(options.model) if Path(options.model).exists() else dqo.ROOT / options.model
-        files += folder.glob("*.safetensors")
+        files += Path(options.model).glob("*.safetensors")
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in map(Path, files) if path.is_file()}
 
@@ -118,8 +116,9 @@ def inputs_of(options):
 def load(options, checkpoint):
     """(model, tokenizer, reference, optimizer, known embeddings), at the start or a checkpoint."""
     start = checkpoint if checkpoint and not options.lora else options.model
-    model, tokenizer = loaded("--model", dqo.load_model, str(start))
-    reference = None
+    load_model = partial(dqo.load_model, bf16=options.bf16, frozen=bool(options.lora))
+    model, tokenizer = loaded("--model", load_model, str(start))
+    options.bf16, reference = model.bf16, None
     if options.lora:  # adapters beside frozen weights; switched off, it is the reference
         from peft import LoraConfig, PeftModel, get_peft_model
         if checkpoint:
@@ -129,12 +128,13 @@ def load(options, checkpoint):
                 r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear"))
         reference = AdaptersOff(model)
     elif options.beta > 0:
-        reference = dqo.load_model(options.model)[0].requires_grad_(False)
+        reference, _ = dqo.load_model(options.model, options.bf16, frozen=True)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.0, fused=True)
     if not checkpoint:
+        if model.bf16 and not options.lora:
+            dqo.dither(model)
         return model, tokenizer, reference, optimizer, {}
     state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
@@ -189,17 +189,6 @@ def batch_of(rows, step, prompts, seed):
     return batch
 
 
-def warn_of_date(template, given):
-    """With such a chat template the same seed is another run tomorrow."""
-    guarded = r"if not (\w+) is defined.*?set \1 = strftime_now\(.(.*?).\)"
-    found = re.search(guarded, str(template), re.S)
-    if "strftime_now" in str(template) and not (found and found[1] in (given or {})):
-        fix = "begin each prompt with a system message"
-        if found:
-            fix = f"""--template '{{"{found[1]}": "{time.strftime(found[2])}"}}'"""
-        print(f"WARNING  the chat template writes today's date. What fixes it: {fix}")
-
-
 def show(step, samples, metrics):
     """One prompt's group, best advantage first."""
     print(f"step {step}  {str(samples[0]['prompt'])[-90:]!r}\n  quality   gain  advantage")
@@ -228,7 +217,8 @@ def train(options, inputs):
     options.steps = options.steps or min(1000, -(-len(rows) // options.prompts))
     open_run(out, done, options, inputs)
     print(options, f"{model.num_parameters():,} parameters, {len(rows)} prompts", sep="\n")
-    warn_of_date(tokenizer.chat_template, options.template)
+    if "strftime_now" in str(tokenizer.chat_template):
+        print("WARNING  the chat template writes today's date: see Models in data/README.md")
 
     stop = []  # the first Ctrl-C or SIGTERM ends the run after its step, a second one at once
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -265,12 +255,11 @@ def train(options, inputs):
             sys.exit(128 + stop[0])
 
     stop.append(0)  # from here on one signal is enough
-    model = model.merge_and_unload() if options.lora else model
+    if options.lora:  # into float32 weights
+        model, _ = eval.load_policy(str(eval.checkpoints(out)[-1]), options.bf16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    before = dqo.load_model(options.model)[0] if options.lora or not reference else reference
-    policies = dict(base=(before, tokenizer), trained=(model, tokenizer))
-    conclude(out, options, policies, encoder, reward, test_rows)
+    conclude(out, options, (model, tokenizer), encoder, reward, test_rows)
 
 
 def open_run(out, done, options, inputs):
@@ -292,15 +281,30 @@ def open_run(out, done, options, inputs):
     (out / "run.json").write_text(json.dumps(stored, indent=1))
 
 
-def conclude(out, options, policies, encoder, reward, rows):
-    """The table, and the picture of it."""
-    results = []
-    for name, policy in policies.items():
-        results += eval.evaluate(name, policy, encoder, reward, rows, options)
-    print(eval.table(results, SUMMARY))
-    eval.plot(results, out / "run.png")
+def conclude(out, options, policy, encoder, reward, rows):
+    """Table and picture of this run and its base model; beside a default run GRPO, recorded."""
+    def measured(name, policy, rows, **more):
+        return eval.evaluate(name, policy, encoder, reward, rows, replace(options, **more),
+                             keep=groups.append)
+
+    known, groups = json.loads((RESULTS / "first.json").read_text("utf-8")), []
+    is_default = asdict(options) | known["options"] == asdict(options)
+    test, hard = known["test"], known["hard"]
+    if not is_default:
+        base, _ = dqo.load_model(options.model, options.bf16)
+        test, hard = measured("base", (base, policy[1]), rows), []
+    test += measured("this run", policy, rows)
+    print(eval.table(test, SUMMARY))
+    if is_default:
+        hard += measured("this run", policy, load_rows(options.data, "hard", 32), n=32)
+        print("\nHARD prompts, rare in training" + eval.table(hard, ("pass@1", "pass@16")))
+        print(f"\n{groups[0][0]['prompt']!r} (* wrong)")
+        for name, group in groupby(known["answers"] + groups[0][:8], lambda x: x["model"]):
+            marked = (x["response"] + "*" * (x["quality"] < 1) for x in group)
+            print(f"{name:>20}  {', '.join(marked)}")
+    eval.plot(test, out / "run.png", hard)
     print(f"""
-The model is in {out}, the picture in {out}/run.png. Next, another --objective, as grpo, and,
+The model is in {out}, the picture in {out}/run.png. Next, another --objective, as grpo;
 with --data and --reward as here: python eval.py {options.model} {out} OTHER""")
 
 

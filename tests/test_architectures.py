@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import scale_matrices, word_tokenizer
-from dqo import Config, dqo_step, load_model, logps_of, sample, token_logps
+from dqo import Config, dither, dqo_step, load_model, logps_of, sample, token_logps
 from test_sample import alone, check_layout, spoken
 
 SMALL = dict(
@@ -127,6 +127,40 @@ def test_all_ways_to_score_agree_with_one_row_at_a_time(policy):
         agree(logps_of(model, rollout, Config(temperature=temperature, micro_batch=size)))
     model.activation_checkpointing_enable()  # no cache then
     agree(token_logps(model.train(), rollout, temperature))
+
+
+def test_a_frozen_model_in_bf16(policy, tmp_path):
+    """What bf16 products would cast may be kept in bf16: to the bit the same log-probabilities."""
+    torch.manual_seed(1)
+    model, tokenizer = load_model(str(tmp_path), bf16=True)
+    frozen, _ = load_model(str(tmp_path), bf16=True, frozen=True)
+    rollout = sample(model, tokenizer, PROMPTS, 4, 12)
+    logp = token_logps(model, rollout).detach()
+    assert torch.equal(logp, token_logps(frozen, rollout)), "and no gradient"
+    off = (logp - token_logps(policy[0], rollout)).abs().max()  # from float32
+    assert 1e-4 < off < 0.2 and (logp - rollout.logp).abs().max() < 0.1
+    halved = {name for name, x in frozen.named_parameters() if x.dtype == torch.bfloat16}
+    is_linear = {name for name in halved if "proj" in name}
+    assert model.config.model_type == "gpt2" or is_linear
+    assert {x.dtype for x in model.parameters()} == {frozen.get_input_embeddings().weight.dtype}
+
+
+def test_small_steps_count_in_bf16():
+    """Of a step of 1/16 of the distance between two bf16 numbers, bf16 products see nothing where
+    weights are such numbers, as published ones are. Dithered, all is seen on average, and before
+    the step the numbers were the same. What is 0 stays 0."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(200, 50)
+    layer.bias.data.zero_()
+    was = layer.weight.data.bfloat16().float()
+    layer.weight.data = was.clone()
+    gap = 2.0 ** was.abs().log2().floor() / 128
+    assert torch.equal((was + gap / 16).bfloat16().float(), was)
+    dither(layer)
+    before = layer.weight.data.bfloat16().float()
+    assert (before == was).float().mean() > 0.99 and (layer.bias == 0).all()
+    seen = ((layer.weight.data + gap / 16).bfloat16().float() - before) / gap
+    assert seen.mean().item() == pytest.approx(1 / 16, abs=0.01)
 
 
 def test_gradients_are_those_of_one_row_at_a_time(policy):

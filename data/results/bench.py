@@ -2,18 +2,18 @@
 
     python data/results/bench.py trl --trl-python trlenv/bin/python    # a step of GRPOTrainer
     python data/results/bench.py sample                                # model.generate
-    python data/results/bench.py old --old FOLDER                      # a step of another checkout
     python data/results/bench.py gpu --trl-python trlenv/bin/python    # Qwen2.5-0.5B's shape
 
 Clocks drift, so the sides take turns; numbers are medians. The sides of a step are processes, one
 computing at a time. Models but data/tiny have random weights and draw responses of full length.
-Ours is a step of DQO, TRL's of GRPO. gb: the peak of the process, on a GPU of torch; tokens: those
-that went through the model with gradient, or were drawn.
+Ours is a step of DQO, TRL's of GRPO, with bf16 products both or neither. gb: the peak of the
+process, on a GPU of torch; tokens: those that went through the model with gradient, or were drawn.
 
     python -m venv trlenv && trlenv/bin/pip install torch==2.13.0 trl==1.16.0
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -33,27 +33,31 @@ SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads
     "smollm2": (49152, 576, 1536, 30, 9, 3), "qwen": (151936, 896, 4864, 24, 14, 2)}
 
 
-def make_model(shape, end=-1e4):
-    """(model, tokenizer): data/tiny, or one of SHAPES at random, which draws the words of data/tiny
-    about equally often. end: the logit of the end token; 3.8 gives a mean length of 16."""
+def make_model(shape, bf16, end=-1e4):
+    """(model, tokenizer): one of SHAPES at random, which draws the words of data/tiny about equally
+    often. end: the logit of the end token; of 3.8 mean lengths of 16."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny")
-    if shape == "tiny":
-        model = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny")
-    else:
-        vocabulary, width, mlp, depth, heads, kv_heads = SHAPES[shape]
-        model = AutoModelForCausalLM.from_config(LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp,
-            num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0))
-        bias = torch.zeros(vocabulary)
-        bias[2], bias[len(tokenizer):] = end, -1e4
-        model.lm_head.bias = torch.nn.Parameter(bias)
-    return model.to("cuda" if GPU else "cpu").eval(), tokenizer
+    vocabulary, width, mlp, depth, heads, kv_heads = SHAPES[shape]
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp,
+        num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0))
+    bias = torch.zeros(vocabulary)
+    bias[2], bias[len(tokenizer):] = end, -1e4
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    model = model.to("cuda" if GPU else "cpu").eval()
+    model.bf16 = bf16
+    return model, tokenizer
+
+
+def with_adapters(model):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
 def prompts_of(words):
-    """Texts of so many words, tokens; 0: as they are."""
+    """Texts of so many words, each a token; 0: as they are."""
     texts = [json.loads(line)["prompt"] for line in (ROOT / "data/story.jsonl").open()]
     every = " ".join(texts).split()
     return [" ".join(every[i:i + words]) for i in range(99)] if words else texts
@@ -83,14 +87,15 @@ class Turns:
 
 
 def serve_dqo(spec):
-    """dqo_step of the checkout spec.path."""
-    sys.path[0] = spec.path  # in place of this folder
+    """dqo_step."""
     import dqo
-    own = dqo if hasattr(dqo, "load_encoder") else __import__("data.models").models  # e8349be
-    model, tokenizer = make_model(spec.shape)
-    encoder, known, turns = own.load_encoder(), {}, Turns(model)
-    reference = make_model(spec.shape)[0].requires_grad_(False) if spec.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    model, tokenizer = make_model(spec.shape, spec.bf16)
+    if spec.lora:
+        model = with_adapters(dqo.freeze(model))
+    reference = dqo.freeze(make_model(spec.shape, spec.bf16)[0]) if spec.beta else None
+    encoder, known, turns = dqo.load_encoder(), {}, Turns(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     rows = [dict(prompt=text) for text in prompts_of(spec.words)]
     config = dqo.Config(objective="dqo", k=spec.k, max_new_tokens=spec.T, beta=spec.beta,
                         micro_batch=spec.micro_batch)
@@ -110,7 +115,8 @@ def serve_trl(spec):
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    model, tokenizer = make_model(spec.shape)
+    model, tokenizer = make_model(spec.shape, spec.bf16)
+    model = with_adapters(model) if spec.lora else model
     turns = Turns(model)
 
     class OneAtATime(TrainerCallback):
@@ -133,7 +139,7 @@ def serve_trl(spec):
             out, per_device_train_batch_size=spec.micro_batch, num_generations=spec.k,
             gradient_accumulation_steps=spec.P * spec.k // spec.micro_batch, use_cpu=not GPU,
             max_completion_length=spec.T, beta=spec.beta, learning_rate=1e-6, max_steps=10 ** 6,
-            bf16=GPU, gradient_checkpointing=False, report_to="none", save_strategy="no")
+            bf16=spec.bf16, gradient_checkpointing=False, report_to="none", save_strategy="no")
         GRPOTrainer(model, reward, arguments, train_dataset=Dataset.from_list(rows),
                     processing_class=tokenizer, callbacks=[OneAtATime()]).train()
 
@@ -155,30 +161,28 @@ def ask(side):
     return json.loads(side.stdout.readline() or sys.exit("a side stopped"))
 
 
-def steps(o, shape, words, P, k=8, T=32, betas=(0.0, 0.04), theirs=32):
-    """A step of ours, and of another checkout or TRL."""
-    def worker(python, path, micro_batch):
-        spec = dict(shape=shape, words=words, P=P, k=k, T=T, beta=beta, path=path,
-                    micro_batch=micro_batch)
+def steps(o, shape, words, P, T=32, theirs=32, betas=(0.0, 0.04), loras=(0,)):
+    """A step of ours, and of TRL."""
+    def worker(python, side, micro_batch):
+        spec = dict(side=side, shape=shape, words=words, P=P, k=8, T=T, beta=beta, bf16=bf16,
+                    lora=lora, micro_batch=micro_batch)
         return subprocess.Popen([python, __file__, "worker", json.dumps(spec)], text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    for beta in betas:
-        workers = dict(ours=worker(sys.executable, str(ROOT), 16))
-        if o.part == "old":
-            workers["old"] = worker(sys.executable, o.old, 16)
-        elif o.trl_python:
-            workers["TRL"] = worker(o.trl_python, "", theirs)
-        in_turn(f"{shape}, {words or 'short'} tokens, beta {beta}",
-                {name: partial(ask, side) for name, side in workers.items()}, o.n)
+    for lora, bf16, beta in itertools.product(loras, (True,) if GPU else (False, True), betas):
+        workers = dict(ours=worker(sys.executable, "dqo", 16))
+        if o.trl_python:
+            workers["TRL"] = worker(o.trl_python, "trl", theirs)
+        case = f"{shape}{', LoRA' * lora}, {words} tokens, bf16 {bf16:d}, beta {beta}"
+        in_turn(case, {name: partial(ask, side) for name, side in workers.items()}, o.n)
         for side in workers.values():
             side.communicate()  # closes its standard input, and it ends
 
 
-def sample(o, shape, end, P=8, k=8, T=64):
+def sample(o, shape, bf16, end, P=8, k=8, T=64):
     """dqo.sample and model.generate."""
     import dqo
-    model, tokenizer = make_model(shape, end)
+    model, tokenizer = make_model(shape, bf16, end)
     ids = [dqo.prompt_ids(tokenizer, text) for text in prompts_of(0)[:P]]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
 
@@ -198,34 +202,31 @@ def sample(o, shape, end, P=8, k=8, T=64):
     def ours():
         return dqo.sample(model, tokenizer, ids, k, T).mask.sum()
 
-    in_turn(f"sample, {shape}, {'lengths differ' if end > 0 else 'equal lengths'}",
+    lengths = "lengths differ" if end > 0 else "equal lengths"
+    in_turn(f"sample, {shape}, bf16 {bf16:d}, {lengths}",
             dict(ours=partial(timed, ours), generate=partial(timed, generate)), o.n)
 
 
 def main():
+    sys.path.insert(0, str(ROOT))
     if sys.argv[1] == "worker":
         spec = argparse.Namespace(**json.loads(sys.argv[2]))
-        return serve_dqo(spec) if spec.path else serve_trl(spec)
+        return serve_dqo(spec) if spec.side == "dqo" else serve_trl(spec)
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("part", choices=("trl", "sample", "old", "gpu"))
+    parser.add_argument("part", choices=("trl", "sample", "gpu"))
     parser.add_argument("--trl-python", help="python of an environment with TRL")
-    parser.add_argument("--old", help="folder with another dqo.py")
     parser.add_argument("--n", type=int, default=5, help="steps that are measured")
     o = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     print("case,side,s,gb,tokens,least_s,times_ours")
     if o.part == "trl":
         steps(o, "smollm2", 130, P=4)
         steps(o, "smollm2", 512, P=2, theirs=8)
     if o.part == "sample":
-        sample(o, "smollm2", -1e4)
-        sample(o, "smollm2", 3.8)
-    if o.part == "old":
-        steps(o, "tiny", 0, P=8, T=24, betas=(0.0,))
-        steps(o, "smollm2", 130, P=2)
+        for bf16, end in itertools.product((False, True), (-1e4, 3.8)):
+            sample(o, "smollm2", bf16, end)
     if o.part == "gpu":
-        sample(o, "qwen", 3.8)
-        steps(o, "qwen", 130, P=16, T=256)
+        sample(o, "qwen", True, 3.8)
+        steps(o, "qwen", 130, P=16, T=256, betas=(0.0,), loras=(0, 1))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ N = dict(test=16, hard=32, train=16)  # split: responses per prompt
 def base_encoder():
     folder = RUNS / "base-encoder"
     if not folder.exists():
-        states = Transformer(str(dqo.ROOT / "data/tiny"))
+        states = Transformer("data/tiny")
         mean = Pooling(states.get_embedding_dimension(), "mean")
         SentenceTransformer(modules=[states, mean]).save(str(folder))
     return dqo.load_encoder(str(folder))

@@ -104,7 +104,7 @@ def trained(name):
             flags = [*FLAGS, "--data", data, "--max-new-tokens", str(longest), "--out", folder,
                      "--objective", objective, "--seed", seed[1:]]
             flags += ["--alpha", *alpha] if alpha else []
-        subprocess.run([sys.executable, dqo.ROOT / "train.py", *flags], check=True)
+        subprocess.run([sys.executable, HERE.parent.parent / "train.py", *flags], check=True)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
         (folder / "memory_gb").write_text(f"{peak:.2f}")
     return folder
