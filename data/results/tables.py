@@ -42,6 +42,7 @@ HACKS = {  # name of a run: what it is
     "large-quality": "the same, dqo_quality",
     "large-beta": "the same, β = 0.1",
 }
+FREE = {"objective", "alpha", "out", "resume", "inputs", "torch", "save_every", "micro_batch"}
 COLUMNS = (
     "quality", *(f"pass_at_{n}" for n in (1, 2, 4, 8, 16, 32)), "distinct_correct",
     "effective_diversity", "utility", "distinct_4", "self_bleu_diversity", "self_rouge_diversity",
@@ -120,12 +121,19 @@ def write_comparison(best):
                          for (split, task), means in of_run(run_of(*who, seed)).items()
                          if split != "train"]
     write("comparison.csv", rows)
-    samples = []  # eight answers to one test prompt of each task
-    for name in ("base-s0", "grpo-s0", "dqo-1-s0"):
-        found = json.loads((RUNS / name / "measured.json").read_text("utf-8"))["samples"]
-        samples += [dict(run=name, **{c: x[c] for c in ("task", "prompt", "response", "quality")})
-                    for x in found]
-    write("samples.csv", samples)
+
+
+def write_first():
+    """What train.py shows beside a run with its defaults: first.json."""
+    run = json.loads((RUNS / "grpo-s0" / "run.json").read_text("utf-8"))
+    first = dict(options={name: run[name] for name in run.keys() - FREE}, test=[], hard=[])
+    for name, label in (("base-s0", "base"), ("grpo-s0", "GRPO (recorded)")):
+        measured = json.loads((RUNS / name / "measured.json").read_text("utf-8"))
+        for part in ("test", "hard"):
+            first[part] += [dict(result, model=label) for result in measured[part]]
+        first.setdefault("answers", []).extend(
+            dict(answer, model=label) for answer in measured["samples"][:8])
+    (HERE / "first.json").write_text(json.dumps(first, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def over_steps(rows, count=20):
@@ -136,21 +144,21 @@ def over_steps(rows, count=20):
                for c in part[0]}
 
 
-def write_training():
+def write_hacking():
     """What was rewarded in training, and what was entirely right."""
     given, rows = load_rows(eval.Options.data, "train"), []
     strict, row_of = load_reward(None, given), {row["prompt"]: row for row in given}
-    for run in (*(run_of(*who, seed) for who in (GRPO, ("dqo", "1")) for seed in SEEDS), *HACKS):
+    for run in HACKS:
         right = {}
         for line in (RUNS / run / "samples.jsonl").open(encoding="utf-8"):
             x = json.loads(line)
             score = strict([x["prompt"]], [x["response"]], [row_of[x["prompt"]]])
             right.setdefault(x["step"], []).extend(score)
         steps = [dict(step=m["step"], reward=m["quality"], tokens=m["length"],
-                      entirely_right=statistics.fmean(right[m["step"]]), distinct=m["distinct"],
-                      entropy=m["entropy"]) for m in history(RUNS / run)]
+                      entirely_right=statistics.fmean(right[m["step"]]), distinct=m["distinct"])
+                 for m in history(RUNS / run)]
         rows += [dict(run=run, **means) for means in over_steps(steps)]
-    write("training.csv", rows)
+    write("hacking.csv", rows)
 
 
 # ---- the tables
@@ -223,7 +231,7 @@ def show():
         "effective diversity": ("effective_diversity", 2),
         "spread of the bonus / of quality": ("bonus_to_quality", 2),
         "hard prompts, pass@16": ("hard_pass_at_16", 2)})
-    rows = read("training.csv")
+    rows = read("hacking.csv")
     table("last 20 steps", {what: where(rows, run=run)[-1:] for run, what in HACKS.items()}, {
         "reward": ("reward", 2), "entirely right": ("entirely_right", 2),
         "tokens": ("tokens", 1), "different texts in a group": ("distinct", 2)})
@@ -308,33 +316,20 @@ def draw_comparison():
     figure.savefig(HERE / "pass.png", dpi=150)
 
 
-def draw_steps(name, *contents):
-    """Panels of lines over the steps. contents: (title, column, {run: (label, color)}) each"""
-    figure, all_axes = panels(len(contents), (4 * len(contents), 3.8))
-    rows = read("training.csv")
-    for axes, (title, column, runs) in zip(all_axes, contents):
-        for run, (name_of_run, color) in runs.items():
-            of_run = where(rows, run=run)
-            axes.plot(numbers(of_run, "step"), numbers(of_run, column), color=color, lw=1.1,
-                      label=name_of_run)
+def draw_hacking():
+    """hacking.png: what a lax reward and too large a strength do, over the steps; what helps."""
+    colors = dict(COLORS, quality=COLORS["dqo_quality"], beta="#9467bd", strict="#ff7f0e")
+    figure, all_axes = panels(4, (16, 3.8))
+    titles = {"lax reward: entirely right": "entirely_right", "lax reward: tokens": "tokens",
+              "α = 5: quality": "reward", "α = 5: share of different texts": "distinct"}
+    for axes, (title, column) in zip(all_axes, titles.items()):
+        for run in (run for run in HACKS if run.startswith("lax") == title.startswith("lax")):
+            rows = where(read("hacking.csv"), run=run)
+            axes.plot(numbers(rows, "step"), numbers(rows, column), lw=1.1, label=HACKS[run],
+                      color=colors[run.partition("-")[2]])
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7)
-    figure.savefig(HERE / name, dpi=150)
-
-
-def draw_training():
-    """training.png: grpo and dqo, each seed. hacking.png: reward hacking, and what helps."""
-    runs = {run_of(*who, seed): (f"{label(who)}, seed {seed}", COLORS[who[0]])
-            for who in (GRPO, ("dqo", "1")) for seed in SEEDS}
-    distinct = "share of different texts in a group"
-    draw_steps("training.png", ("quality", "reward", runs), (distinct, "distinct", runs),
-               ("entropy (nats per token)", "entropy", runs))
-    colors = dict(COLORS, quality=COLORS["dqo_quality"], beta="#9467bd", strict="#ff7f0e")
-    lax, large = ({run: (what, colors[run.partition("-")[2]]) for run, what in HACKS.items()
-                   if run.startswith(kind)} for kind in ("lax", "large"))
-    draw_steps("hacking.png", ("lax reward: entirely right", "entirely_right", lax),
-               ("lax reward: tokens per response", "tokens", lax),
-               ("α = 5: quality", "reward", large), (f"α = 5: {distinct}", "distinct", large))
+    figure.savefig(HERE / "hacking.png", dpi=150)
 
 
 def main(argv):
@@ -346,9 +341,10 @@ def main(argv):
         best = chosen()
         write_strengths(best)
         write_comparison(best)
-        write_training()
+        write_first()
+        write_hacking()
     draw_comparison()
-    draw_training()
+    draw_hacking()
     show()
 
 
