@@ -29,7 +29,7 @@ from data.tasks import load_reward, load_rows, loaded, task_of
 from dqo import BadInput
 
 
-# ------------------------ a model on many prompts
+# ---- a model on many prompts
 def fitting(rows, model, tokenizer, options):
     """The rows whose prompt leaves room for the longest response. A token is drawn: a model that
     cannot be sampled is refused before a run."""
@@ -52,10 +52,10 @@ def fitting(rows, model, tokenizer, options):
     return [rows[i] for i in fit]
 
 
-def evaluate(name, policy, encoder, reward, rows, options, judge=None, keep=None):
+def evaluate(name, policy, encoder, reward, rows, options, keep=None):
     """n responses to each row, measured: the objects of --json, one per task.
 
-    policy: (model, tokenizer); judge: a model whose negative log-likelihood is fluency
+    policy: (model, tokenizer); reward: None leaves out what needs one
     keep:   a function that gets each prompt's responses, a list of dicts"""
     set_seed(options.seed)
     (model, tokenizer), n, drawn, per_task = policy, options.n, [], {}
@@ -66,23 +66,19 @@ def evaluate(name, policy, encoder, reward, rows, options, judge=None, keep=None
     for i in tqdm(range(0, len(ids), P), leave=False, disable=None):
         rollout = dqo.sample(model, tokenizer, ids[i:i + P], k, options.max_new_tokens,
                              options.temperature)
-        columns = [rollout.mask.sum(-1), rollout.truncated]  # (P, k) each
-        if judge:
-            columns.append(-dqo.logps_of(judge, rollout, dqo.Config()).sum(-1))
+        columns = rollout.mask.sum(-1), rollout.truncated  # (P, k) each
         drawn += zip(rollout.texts, rollout.whole, *(x.flatten().tolist() for x in columns))
         while len(drawn) >= n:  # all of the next row is there
             row = rows[sum(map(len, per_task.values()))]
-            (texts, whole, *numbers), drawn = zip(*drawn[:n]), drawn[n:]
-            tokens, truncated, *nll = map(sum, numbers)
-            scores = reward([row["prompt"]] * n, list(texts), [row] * n)
+            (texts, whole, tokens, truncated), drawn = zip(*drawn[:n]), drawn[n:]
+            scores = reward and reward([row["prompt"]] * n, list(texts), [row] * n)
             phi = dqo.embed(encoder, texts)
             metrics = group_metrics(texts, scores, phi, threshold_of(row["_task"], options))
-            metrics |= dict(mean_tokens=tokens / n, truncated=truncated / n)
-            metrics |= dict(nll=nll[0] / tokens) if judge else {}
+            metrics |= dict(mean_tokens=sum(tokens) / n, truncated=sum(truncated) / n)
             per_task.setdefault(row["_task"], []).append(metrics)
             if keep:
                 keep([dict(model=name, task=row["_task"], prompt=row["prompt"], response=text,
-                           quality=score) for text, score in zip(whole, scores)])
+                           quality=score) for text, score in zip(whole, scores or [None] * n)])
     return [dict(model=name, task=task, prompts=len(found), n=n,
                  threshold=threshold_of(task, options), **over(found, torch.mean),
                  se=over(found, standard_error)) for task, found in per_task.items()]
@@ -116,18 +112,19 @@ def plot(results, path, hard=None):
     for name, tasks in by_model(results).items():
         mean, se = list(tasks.values())[-1]  # over the tasks
         x = "distinct_correct" if "pass_at" in mean else "distinct_4"
-        plane.errorbar(mean[x], mean["quality"], se["quality"], se[x], "o", label=name)
+        y = "quality" if "quality" in mean else "vendi"
+        plane.errorbar(mean[x], mean[y], se[y], se[x], "o", label=name)
     for tasks in by_model(hard or results).values():
         mean, _ = list(tasks.values())[-1]
-        best = mean.get("pass_at") or mean["max_at"]
+        best = mean.get("pass_at") or mean.get("max_at") or {}
         curve.plot(list(best), list(best.values()), "o-")
-    plane.set(xlabel=x, ylabel="quality", title="quality and diversity, with standard errors")
+    plane.set(xlabel=x, ylabel=y, title="quality and diversity, with standard errors")
     curve.set(xlabel="n", ylabel="quality", title="the best of n" + " (hard prompts)" * bool(hard))
     plane.legend()
     figure.savefig(path)
 
 
-# ------------------------------- the command line
+# ---- the command line
 def run(main):
     """Run main; what the user can mend becomes one line, and exit status 2."""
     logging.disable_progress_bar()
@@ -189,7 +186,7 @@ class Common:
     """Flags of train.py, too."""
 
     data: str = "instruct,summarize,story,reason"  # tasks, files, or data sets of the hub
-    reward: str | None = None       # a task's, hf:MODEL, or file.py:function [the task's own]
+    reward: str | None = None       # a task's, hf:MODEL, file.py:function, none [the task's own]
     threshold: float | None = None  # quality of what is correct [the task's]; --threshold=-1e-3
     encoder: str = dqo.MINILM       # a sentence-transformers model
     bf16: bool | None = None        # multiply in bf16, or --no-bf16 [where that is fast]
@@ -205,7 +202,6 @@ class Options(Common):
     split: str = "test"             # train, test, or hard
     temperature: float | None = None   # 0: the likeliest tokens [the run's, else 1]
     max_new_tokens: int | None = None  # longest response [the run's; data/tiny: 24; else 256]
-    judge: str | None = None        # a model of the same tokens, to measure fluency
     json: str | None = None         # a file for the results
     samples: str | None = None      # a file for every response
     plot: str | None = None         # a file for a picture
@@ -242,20 +238,17 @@ def main():
     options, names = parser.parse_args_into_dataclasses()
     check(options, names.models)
     rows = load_rows(options.data, options.split, options.limit)
-    reward = load_reward(options.reward, rows)
+    reward = None if options.reward == "none" else load_reward(options.reward, rows)
     encoder = loaded("--encoder", dqo.load_encoder, options.encoder)
-    judge, judges = loaded("--judge", dqo.load_model, options.judge) if options.judge else (None, 0)
     results = []
     with ExitStack() as after:
         after.callback(lambda: print(table(results)))
         for name in names.models:
             policy = loaded("MODEL", partial(load_policy, bf16=options.bf16), name)
             use_one_thread(policy[0])
-            if judge and judges.get_vocab() != policy[1].get_vocab():
-                raise BadInput(f"--judge {options.judge}: its tokens are not those of {name}")
             fit = fitting(rows, *policy, options)
             keep = options.samples and (lambda lines: append(options.samples, lines))
-            results += evaluate(name, policy, encoder, reward, fit, options, judge, keep)
+            results += evaluate(name, policy, encoder, reward, fit, options, keep=keep)
             if options.json:  # the next model may fail
                 Path(options.json).write_text(json.dumps(results, indent=1), "utf-8")
             del policy  # there is no room for two

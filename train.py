@@ -112,7 +112,7 @@ def inputs_of(options):
             for path in map(Path, files) if path.is_file()}
 
 
-# ------------------------- the model and its copy
+# ---- the model and its copy
 def load(options, checkpoint):
     """(model, tokenizer, reference, optimizer, known embeddings), at the start or a checkpoint."""
     start = checkpoint if checkpoint and not options.lora else options.model
@@ -155,7 +155,7 @@ class AdaptersOff:
         return getattr(self.model, name)
 
 
-# --------------------------------- the run folder
+# ---- the run folder
 def save(out, step, model, tokenizer, optimizer, known):
     """All that the next step needs; its random numbers are a function of the seed and the step.
     Written under another name and renamed: a folder called step-N is complete."""
@@ -177,7 +177,7 @@ def cut(path, step):
     path.write_text("".join(x + "\n" for x in whole if json.loads(x)["step"] <= step), "utf-8")
 
 
-# --------------------------------------- training
+# ---- training
 def batch_of(rows, step, prompts, seed):
     """The rows of one step of shuffled passes over the data, a function of seed and step."""
     batch = []

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -269,18 +270,15 @@ def loss_of(model, batch):
 
 def pretrain(model, by_task):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    for step in range(STEPS):
+    for step in tqdm(range(STEPS)):
         warmup, cosine = min(1, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.param_groups[0]["lr"] = LR * warmup * cosine
-        losses = {}
-        for task, size in SHARE.items():  # a batch of each: equal lengths, little padding
-            losses[task] = loss_of(model, by_task[task][step * size:(step + 1) * size])
-        sum(losses.values()).backward()
+        # a batch of each task: equal lengths, little padding
+        sum(loss_of(model, by_task[task][step * size:(step + 1) * size])
+            for task, size in SHARE.items()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == STEPS - 1:
-            print(step, *(f"{task} {x.item():.3f}" for task, x in losses.items()), flush=True)
 
 
 def main():
@@ -293,7 +291,6 @@ def main():
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0))
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words")
     pretrain(model, tokenized(tokenizer, pairs))
     model.save_pretrained(HERE / "tiny")
     tokenizer.save_pretrained(HERE / "tiny")

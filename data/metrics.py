@@ -66,27 +66,25 @@ def distinct_n(texts, n):
 def self_bleu(texts):
     """Mean BLEU-4 of each response against the others (Zhu et al. 2018); 1 if all are equal.
     Add-one smoothing above unigrams, brevity penalty against the closest length."""
-    counts = [[Counter(ngrams(t, n)) for n in range(1, 5)] for t in map(words, texts)]
-    most = [{}, {}, {}, {}]  # n-gram: its two largest counts in a text
-    for count in counts:
-        for n in range(4):
-            for gram, c in count[n].items():
-                low, high = most[n].get(gram, (0, 0))
-                most[n][gram] = (high, c) if c > high else (max(low, c), high)
-    total = 0.0
-    for i, mine in enumerate(counts):
-        log_precision = 0.0
-        for n in range(4):
+    tokens = list(map(words, texts))
+    logs = [0.0] * len(texts)  # of the BLEU of each
+    for n in range(1, 5):
+        counts, found = [Counter(ngrams(t, n)) for t in tokens], {}
+        for count in counts:
+            for gram, c in count.items():
+                found.setdefault(gram, [0]).append(c)
+        most = {gram: sorted(c)[-2:] for gram, c in found.items()}  # the two largest counts
+        for i, mine in enumerate(counts):
             # An n-gram matches as often as it occurs in the other text that has most of it: the
             # largest count, or the second if the largest is this text's.
-            match = sum(min(c, most[n][gram][c < most[n][gram][1]]) for gram, c in mine[n].items())
-            match, of = match + (n > 0), mine[n].total() + (n > 0)
-            log_precision += math.log(match / of) / 4 if match else -math.inf
-        length = mine[0].total()
-        lengths = [other[0].total() for j, other in enumerate(counts) if j != i]
-        closest = min(lengths, key=lambda x: (abs(x - length), x))
-        total += math.exp(log_precision + min(0.0, 1 - closest / length))
-    return total / len(texts)
+            match = sum(min(c, most[gram][c < most[gram][1]]) for gram, c in mine.items())
+            match, of = match + (n > 1), mine.total() + (n > 1)
+            logs[i] += math.log(match / of) / 4 if match else -math.inf
+    for i, mine in enumerate(map(len, tokens)):
+        others = [len(t) for t in tokens[:i] + tokens[i + 1:]]
+        closest = min(others, key=lambda x: (abs(x - mine), x))
+        logs[i] += min(0.0, 1 - closest / max(1, mine))
+    return sum(map(math.exp, logs)) / len(texts)
 
 
 def self_rouge(texts):
@@ -116,35 +114,41 @@ def effective_diversity(correct, L, same=0.9):
     return pairs.sum().item() / max(1, len(right) * (len(right) - 1))
 
 
-def utility(scores, L, patience=0.8, same=0.9):
+def classes(L, same=0.9):
+    """The responses that are new: not alike, by a cosine of at least `same`, to an earlier one of
+    them. So each begins a class of meanings (NoveltyBench, Zhang et al. 2025)."""
+    new = []
+    for i in range(len(L)):
+        if not any(L[i, j] >= same for j in new):
+            new.append(i)
+    return new
+
+
+def utility(scores, L, patience=0.8):
     """What n responses are worth to one who reads them in turn, goes on with probability
-    `patience`, and gains nothing by the same again (NoveltyBench, Zhang et al. 2025)."""
-    firsts, total = [], 0.0
-    for i, score in enumerate(scores):
-        if not any(L[i, j] >= same for j in firsts):
-            firsts.append(i)
-            total += patience ** i * score
+    `patience`, and gains nothing by the same again (NoveltyBench)."""
+    total = sum(patience ** i * scores[i] for i in classes(L))
     return total * (1 - patience) / (1 - patience ** len(scores))
 
 
 def group_metrics(texts, scores, phi, threshold):
     """All metrics of one prompt's n responses. Correct is a score that reaches the threshold; with
-    None nothing is: max_at, the best of m, takes the place of pass_at."""
+    None nothing is: max_at, the best of m, takes the place of pass_at. scores may be None."""
     n, phi = len(texts), phi.double()
     empty = (~phi.any(-1, keepdim=True)).double()
     L = phi @ phi.T + empty @ empty.T  # two zero vectors, of empty texts, are alike
     sizes = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256) if m < n] + [n]
-    metrics = dict(quality=sum(scores) / n)
-    if threshold is None:
+    metrics = dict(quality=sum(scores) / n, utility=utility(scores, L)) if scores else {}
+    if scores and threshold is None:
         metrics["max_at"] = {str(m): best_at(scores, m) for m in sizes}
-    else:
+    elif scores:
         correct = [score >= threshold - 1e-6 for score in scores]  # .7 + .2 + .1 reaches 1
         metrics["pass_at"] = {str(m): best_at(correct, m) for m in sizes}
         metrics["distinct_correct"] = len(
             {normalize(text) for text, is_right in zip(texts, correct) if is_right})
         metrics["effective_diversity"] = effective_diversity(correct, L)
     return metrics if n == 1 else metrics | dict(
-        utility=utility(scores, L),
+        classes=len(classes(L)),
         distinct_4=distinct_n(texts, 4),
         self_bleu_diversity=1 - self_bleu(texts),
         self_rouge_diversity=1 - self_rouge(texts),
@@ -153,7 +157,7 @@ def group_metrics(texts, scores, phi, threshold):
         log_det=log_det(phi @ phi.T).item())
 
 
-# ---------------- over prompts, tasks and models
+# ---- over prompts, tasks and models
 def standard_error(x):
     return x.std(correction=min(1, len(x) - 1)) / len(x) ** 0.5
 

@@ -1,12 +1,9 @@
 """Tasks: prompts, and who judges the answers.
 
 A task is a source of rows, a template that makes prompt and answer of a published row, and a
-reward for one response, between 0 and 1. Your own need none of this:
-
-    python train.py --data my.jsonl --reward my.py:score
-
-where a row has "prompt", a text or chat messages, whatever the reward needs, and "split", train
-or test (else it is of both), and score(prompts, responses, rows) returns a number for each.
+reward for one response, between 0 and 1. Your own need none of this: --data my.jsonl has rows with
+"prompt", a text or chat messages, whatever the reward needs, and "split", train or test (else they
+are of both); of --reward my.py:score, score(prompts, responses, rows) returns a number for each.
 
 WARNING  A reward that pays for a *part* of a response pays for a right start followed by random
 text, because random text spans volume. So the rewards here demand that the whole be right.
@@ -14,7 +11,6 @@ text, because random text spans volume. So the rewards here demand that the whol
 
 import ast
 import importlib.util
-import inspect
 import json
 import math
 import operator
@@ -30,7 +26,7 @@ from dqo import BadInput
 HERE = Path(__file__).resolve().parent
 
 
-# ----------- the miniature tasks, of make_tiny.py
+# ---- the miniature tasks, of make_tiny.py
 LINES = (HERE / "words.txt").read_text("utf-8").splitlines()  # most popular words first
 WORDS = {kind: words.split() for kind, words in (line.split(": ") for line in LINES)}
 
@@ -109,7 +105,7 @@ def reason(row, response):
     return float(two_numbers is not None and value(expression) == target)
 
 
-# ------------------------- the tasks of the paper
+# ---- the tasks of the paper
 def gsm8k_prompt(row):
     return (f"{row['question']}\n\nThink step by step. Write the answer, a number alone, on the "
             "last line after ####."), row["answer"]
@@ -202,7 +198,26 @@ def rouge(row, response):
     return rouge_l(row["answer"], response)
 
 
-# ------------------------------ names become rows
+def puzzle(row, response):
+    """What reasoning-gym pays for the text within <answer>, 1 if it is right."""
+    from reasoning_gym import get_score_answer_fn
+    from reasoning_gym.utils import extract_answer
+    return get_score_answer_fn(row["puzzle"])(extract_answer(response), row)
+
+
+def puzzles(source, split):
+    """(where, row) of a task of reasoning-gym, each row from a seed of its own."""
+    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.utils import SYSTEM_PROMPTS
+    name = source.removeprefix("rg:")
+    if name not in DATASETS:
+        raise BadInput(f"--data {source}: reasoning-gym has {', '.join(sorted(DATASETS))}")
+    for row in create_dataset(name, size=1000, seed=0 if split == "train" else 1000):
+        prompt = f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}"
+        yield source, dict(row, puzzle=name, prompt=prompt, answer=str(row["answer"]))
+
+
+# ---- names become rows
 def loaded(what, function, name):
     """function(name), where whatever a library raises becomes one line."""
     try:
@@ -224,14 +239,8 @@ class Task:
     threshold: float | None = 1.0      # reward from which a response is correct; None: none is
 
 
-def miniature(name, reward):
-    return Task(str(HERE / f"{name}.jsonl"), reward)
-
-
-TASKS = {
-    "instruct": miniature("instruct", instruct), "summarize": miniature("summarize", summarize),
-    "story": miniature("story", story), "reason": miniature("reason", reason),
-    "categories": miniature("categories", instruct),  # for a real model
+OWN = dict(instruct=instruct, summarize=summarize, story=story, reason=reason, categories=instruct)
+TASKS = {name: Task(str(HERE / f"{name}.jsonl"), reward) for name, reward in OWN.items()} | {
     "gsm8k": Task("openai/gsm8k:main", gsm8k, gsm8k_prompt),
     "math": Task("openai/gsm8k:main", math_reward, gsm8k_prompt),
     "commongen": Task("allenai/common_gen", coverage, commongen_prompt, test="validation"),
@@ -243,12 +252,14 @@ TASKS = {
 
 def task_of(name):
     """A task by name; NAME:FILE has its template and reward, and rows of your own."""
+    if name.startswith("rg:"):
+        return Task(name, puzzle)
     name, _, file = name.partition(":") if name.partition(":")[0] in TASKS else (name, "", "")
     task = TASKS.get(name) or Task(name, threshold=None)
     return replace(task, source=file) if file else task
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def read(source, split):
@@ -265,10 +276,9 @@ def read(source, split):
         raise BadInput(f"--data {source}: no task ({', '.join(TASKS)}), no file, and no data set "
                        "of the hub, OWNER/NAME")
     from datasets import load_dataset
-    more = dict(data_files=str(path)) if here else {}
-    more |= dict(sep="\t") if ".tsv" in path.suffixes else {}
-    named = [format] if here else source.split(":")
-    more["split"] = "train" if here else split
+    named, more = source.split(":"), dict(split=split)
+    if here:
+        named, more = [format], dict(data_files=str(path), split="train")
     rows = loaded("--data", lambda _: load_dataset(*named, **more), source)
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
@@ -301,7 +311,7 @@ def load_rows(data, split, limit=0):
     for name in data.split(","):
         task, found = task_of(name), {}
         published = {"train": task.train, "test": task.test}.get(split, split)
-        for where, row in read(task.source, published):
+        for where, row in (puzzles if name.startswith("rg:") else read)(task.source, published):
             if task.template:
                 row["prompt"], row["answer"] = loaded(f"{where}:", task.template, row)
             if (row.get("split") or split) != split:
@@ -319,7 +329,7 @@ def load_rows(data, split, limit=0):
     return rows
 
 
-# --------------------------- names become rewards
+# ---- names become rewards
 def load_reward(name, rows):
     """function(prompts, responses, rows) -> numbers. name: a task, hf:MODEL, file.py:function, or
     None, each row's own task. Tries the answers of the rows."""
@@ -347,9 +357,6 @@ def load_reward(name, rows):
 
 def checked(function, name):
     """A reward that must return a finite number for each response."""
-    if inspect.iscoroutinefunction(function):
-        raise BadInput(f"--reward {name}: an async function; it must be a plain one")
-
     def score(prompts, responses, rows):
         scores = function(prompts, responses, rows)
         try:
@@ -376,8 +383,7 @@ def function_in(name):
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
     if not callable(getattr(sys.modules[module], function, None)):
-        known = [x for x, f in vars(sys.modules[module]).items() if inspect.isfunction(f)]
-        raise BadInput(f"{name}: no function {function}, but {', '.join(known)}")
+        raise BadInput(f"{name}: no function {function} in it")
     return getattr(sys.modules[module], function)
 
 

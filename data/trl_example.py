@@ -4,8 +4,7 @@
     python data/trl_example.py                             # data/tiny on the task `story`
     accelerate launch --multi_gpu --num_processes 8 data/trl_example.py
 
-With scale_rewards="none" TRL adds the rewards up and subtracts the group's mean: its advantages are
-those of `--baseline mean`. WARNING  Each process must have whole groups. TRL's beta is another.
+WARNING  Each process must have whole groups.
 """
 
 import sys

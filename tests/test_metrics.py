@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 import dqo
 import eval as evaluation
-from conftest import random_llama
 from data import metrics
 
 EYE, about = torch.eye(4), pytest.approx
@@ -121,7 +120,8 @@ def test_effective_diversity():
 
 
 def test_utility():
-    """Only the first of each kind adds; what is like a later one counts."""
+    """Only the first of each kind adds; what is like a later one counts. So many are classes."""
+    assert [metrics.classes(L) for L in (EYE, TWO, CHAIN)] == [[0, 1, 2, 3], [0, 2], [0, 2, 3]]
     for scores, L, expected in [([1.0, 0.5, 0.0, 1.0], EYE, 1 + .8 * .5 + .512),
                                 ([1.0, 0.5, 1.0, 1.0], TWO, 1 + .64),
                                 ([0.5, 1.0, 1.0, 1.0], CHAIN, .5 + .64 + .512)]:
@@ -140,12 +140,16 @@ def test_every_number_stands_under_its_name():
         self_bleu_diversity=1 - metrics.self_bleu(texts),
         self_rouge_diversity=1 - metrics.self_rouge(texts),
         cosine_distance=1 - sum(L[i, j].item() for i, j in combinations(range(4), 2)) / 6,
-        vendi=metrics.vendi(L), log_det=torch.logdet(L + EYE).item())
+        classes=len(metrics.classes(L)), vendi=metrics.vendi(L),
+        log_det=torch.logdet(L + EYE).item())
     assert m == about(expected, rel=1e-5)
     graded = metrics.group_metrics(texts, scores, phi, None)
     json.dumps(metrics.group_metrics(["a"], [0.5], EYE[:1], None), allow_nan=False)
     assert graded.pop("max_at") == about({"1": 1.5, "2": 14 / 6, "4": 3})
     assert set(m) - set(graded) == {"distinct_correct", "effective_diversity"}
+    unjudged = metrics.group_metrics(texts, None, phi, None)
+    assert set(graded) - set(unjudged) == {"quality", "utility"}
+    assert unjudged == about({key: graded[key] for key in unjudged})
 
 
 def test_empty_answers_are_duplicates():
@@ -176,7 +180,7 @@ ROWS = [dict(prompt=f"w{i} w6", _task=task) for i, task in zip(range(7, 13), "aa
 @pytest.mark.parametrize("n, batch", [(3, 256), (3, 7), (8, 4), (7, 4), (1, 9)])
 def test_n_responses_each_and_never_more_than_batch_at_once(model, tokenizer, n, batch):
     """At temperature 0 each is what the model says to that prompt alone."""
-    sizes, kept, judge = [], [], random_llama(40, seed=1)
+    sizes, kept = [], []
     model.register_forward_pre_hook(
         lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
 
@@ -185,24 +189,18 @@ def test_n_responses_each_and_never_more_than_batch_at_once(model, tokenizer, n,
         return [float(prompts[0] == "w9 w6")] * n
     options = evaluation.Options(n=n, batch=batch, temperature=0.0, max_new_tokens=6, threshold=0.0)
     results = evaluation.evaluate("m", (model, tokenizer), WordCounts(), reward, ROWS, options,
-                                  judge, kept.extend)
+                                  kept.extend)
     assert max(sizes) <= batch and json.dumps(results, allow_nan=False)  # n = 1: no NaN
     ids = [dqo.prompt_ids(tokenizer, row["prompt"]) for row in ROWS]
     alone = [dqo.sample(model, tokenizer, [x], 1, 6, 0) for x in ids]
     assert [(x["prompt"], x["response"]) for x in kept] == [
         (row["prompt"], x.texts[0]) for row, x in zip(ROWS, alone) for _ in range(n)]
     assert len({x.mask.sum() for x in alone}) > 1, "they should differ in length"
-    for x, prompt in zip(alone, ids):
-        y = x.response[0, 0]
-        logits = judge(torch.tensor([prompt + y.tolist()])).logits[0, -len(y) - 1:-1]
-        x.nll, x.tokens = F.cross_entropy(logits, y, reduction="sum").item(), len(y)
     for r, task, part, right in zip(results, "ab", (alone[:2], alone[2:5]), (0, 1)):
         assert (r["task"], r["prompts"], r["quality"]) == (task, len(part), right / len(part))
-        assert r["mean_tokens"] == about(sum(x.tokens for x in part) / len(part))
+        assert r["mean_tokens"] == about(sum(x.mask.sum().item() for x in part) / len(part))
         assert r["truncated"] == about(sum(x.truncated.item() for x in part) / len(part))
         assert r["pass_at"]["1"] == 1  # 0 reaches the threshold of 0
-    # nll is per token of a prompt's group, then over prompts, which count alike
-    assert results[0]["nll"] == about(sum(x.nll / x.tokens for x in alone[:2]) / 2, rel=1e-4)
     assert results[1]["se"]["quality"] == about(1 / 3)  # the deviation of 1, 0, 0 over 3 ** .5
 
 

@@ -112,20 +112,6 @@ def test_entropy():
           [[1.1, 0.975], [1.2 - 1e-9, 1 - 1e-9], [0.5, 0.5]])
 
 
-def test_entropy_does_not_push_right_answers_down():
-    """The expected bonus is the gradient of -sum over right tokens of p log p; to differentiate
-    their log pi instead would make them less likely."""
-    theta = torch.tensor([0.2, 0.2, 0.3, 0.3]).double().log().requires_grad_()
-    right, logp = torch.tensor([1.0, 1.0, 0.0, 0.0]).double(), theta.log_softmax(0)
-    rollout = rollout_of([[x] for x in logp.tolist()])
-    bonus = rivals.entropy(right[None], None, rollout, 1.0)[0, :, 0] - right  # (4,)
-    up = gradient((logp.exp().detach() * bonus * logp).sum(), theta)
-    close(up, gradient(-(right * logp.exp() * logp).sum(), theta).tolist())
-    naive = gradient(-(right * logp.exp().detach() * logp).sum(), theta)
-    mass = [(right * (theta + 0.1 * step).softmax(0)).sum().item() for step in (up, 0, naive)]
-    assert mass[0] > mass[1] > mass[2]
-
-
 def test_passk():
     """A right answer's share in pass@m, by enumeration: the others of its draw are all wrong."""
     quality = [1.0, 1 - 1e-9, 0.0, 0.5, 0.0]  # two right ones of five

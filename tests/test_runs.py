@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -215,30 +214,6 @@ def test_nothing_is_overwritten(capsys):
     assert command(f"{TRAIN} --steps 1 --out runs/dqo") == 2
     assert "exists" in capsys.readouterr().err
     assert not any(Path("runs/dqo").iterdir())
-
-
-@pytest.mark.slow
-def test_as_a_user_runs_it(tmp_path):
-    """python /path/to/train.py, a process of its own: Ctrl-C ends it with exit status 130, and what
-    cannot work with 2 and one line."""
-
-    def start(line):
-        words = shlex.split(line)
-        return subprocess.Popen([sys.executable, str(REPO / words[0]), *words[1:]], cwd=tmp_path,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = start(f"{TRAIN} --steps 500 --out run")
-    while process.poll() is None and not Path(tmp_path, "run/samples.jsonl").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130, err
-    (checkpoint,) = tmp_path.glob("run/step-*")
-    assert "python train.py --resume run" in out
-    assert "Traceback" not in err
-    process = start(f"{EVAL} data/tiny run")
-    _, err = process.communicate()
-    assert (process.returncode, len(err.splitlines())) == (2, 1)
-    assert f"run/{checkpoint.name}" in err
 
 
 # ------------------------------------------------------------------- an ordinary model

@@ -11,7 +11,7 @@ import torch
 
 from conftest import random_llama, word_tokenizer
 from dqo import (
-    OBJECTIVES, BadInput, Config, PickedLogProbs, Rollout, dqo_quality, dqo_step, embed, gram,
+    OBJECTIVES, BadInput, Config, Rollout, dqo_quality, dqo_step, embed, gram,
     marginal_gains, measure, micro_batches, policy_loss, sample, token_logps)
 
 PROMPTS = ["w5 w6", "w9 w9 w3", "w7"]
@@ -247,22 +247,6 @@ def test_the_loss_by_hand():
     loss.backward()
     by_hand = -torch.tensor([[[0.0, 0.5 * 2, 0.0], [1.5 * -2, 0.0, 0.0]]]) / 10
     torch.testing.assert_close(logp.grad, by_hand)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 100])
-def test_the_gradient_of_picked_log_probs(rows):
-    """That of a plain log-softmax, however many rows at a time; without one, nothing is touched."""
-    torch.manual_seed(0)
-    target, weight = torch.tensor([4, 0, 2, 2, 1]), torch.randn(5)
-    leaf = torch.randn(5, 7, requires_grad=True)
-    kept = leaf.detach().clone()
-    ours = PickedLogProbs.apply(leaf * 1, target, 0.7, rows)
-    plain = (leaf / 0.7).log_softmax(-1)[range(5), target]
-    torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(torch.autograd.grad((weight * ours).sum(), leaf),
-                               torch.autograd.grad((weight * plain).sum(), leaf))
-    torch.testing.assert_close(PickedLogProbs.apply(leaf.detach(), target, 0.7, rows), plain)
-    assert leaf.equal(kept)
 
 
 class OnlyLogits(torch.nn.Module):

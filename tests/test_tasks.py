@@ -145,7 +145,7 @@ OWN = [dict(prompt=TEXT, answer=x, more=i) for i, x in enumerate("ab")]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OWN * 2)
 TABLE = f'prompt\tanswer\tmore\n"{TEXT}"\ta\t0\n"{TEXT}"\tb\t1\n'
 FILES = {"a.jsonl": LINES, "b.jsonl": "\ufeff" + LINES.replace("\n", "\r\n\n"),
-         "a.jsonl.gz": LINES, "a.json": json.dumps(OWN), "a.tsv": TABLE,
+         "a.jsonl.gz": LINES, "a.json": json.dumps(OWN),
          "a.csv": TABLE.replace("\t", ","), "a.parquet": None}
 
 
@@ -273,15 +273,36 @@ def test_what_an_own_reward_may_return(tmp_path, value, message):
 
 def test_what_is_no_reward(tmp_path, tokenizer):
     rows = [dict(prompt="p", _task="mine.jsonl", _where="here")]
-    own(tmp_path, "return [1]", head="async " + SCORE)
+    own(tmp_path, "return [1]")
     save_reward_model(tmp_path / "two", tokenizer, num_labels=2)
     save_reward_model(tmp_path / "lm", tokenizer)
     random_llama(40, num_labels=1).save_pretrained(tmp_path / "lm")  # its head would be random
     here = str(tmp_path)
-    for name in (here + "/my.py:score", here + "/my.py:other", here + "/no.py:score", "nothing",
+    for name in (here + "/my.py:other", here + "/no.py:score", "nothing",
                  None, *(f"hf:{here}/{name}" for name in ("two", "lm", "none"))):
         with pytest.raises(BadInput, match=f"{name or 'mine.jsonl'}[^\n]*$"):
             load_reward(name, rows)
+
+
+@needs("reasoning_gym")
+@pytest.mark.parametrize("name", ["countdown", "basic_arithmetic", "graph_color", "word_sorting"])
+def test_puzzles(name):
+    """Right is what the generator gives, as the last thing between <answer> and </answer>. Seeds
+    differ between splits, and are the same tomorrow."""
+    rows, others = (load_rows(f"rg:{name}", split, 20) for split in ("train", "test"))
+    assert rows == load_rows(f"rg:{name}", "train", 20) and len(rows) == 20
+    if name != "graph_color":  # small graphs come twice
+        assert not {row["prompt"] for row in rows} & {row["prompt"] for row in others}
+    prompts, reward = [row["prompt"] for row in rows], load_reward(None, rows + others)
+    right = [row["answer"] for row in rows]
+    if name == "graph_color":  # many answers are right; the generator gives one as an example
+        right = [json.dumps(row["metadata"]["possible_answer"]) for row in rows]
+    said = [f"Is it <answer>no</answer>? It is <answer> {x} </answer>." for x in right]
+    assert reward(prompts, said, rows) == [1] * 20
+    for wrong in (right, ["<answer>no</answer>"] * 20, [""] * 20):
+        assert max(reward(prompts, wrong, rows)) < 1
+    with pytest.raises(BadInput, match="rg:nothing: [^\n]*countdown"):
+        load_rows("rg:nothing", "train")
 
 
 HEAD = """

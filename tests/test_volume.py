@@ -136,25 +136,6 @@ def test_the_quality_kernel_needs_qualities_between_0_and_1(q, refused):
         assert dqo_quality(quality, L, None).isfinite().all()
 
 
-@pytest.mark.parametrize("k, D", [(2, 3), (3, 2), (4, 3)])
-def test_d_optimality_identity(k, D):
-    """E det(L + I) of k iid samples is sum_j C(k, j) j! e_j(eigenvalues of E phi phi^T).
-
-    So the volume grows with the elementary symmetric polynomials of these eigenvalues: it wants
-    all directions of meaning, not just two distant ones. The left side is summed over k-tuples.
-    """
-    phi, p = unit(5, D, seed=3), torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15], dtype=torch.float64)
-    groups = torch.tensor(list(itertools.product(range(5), repeat=k)))
-    expected = (p[groups].prod(1) * log_det(gram(phi[groups])).exp()).sum().item()
-
-    eigenvalues = torch.linalg.eigvalsh((phi.T * p) @ phi).tolist()
-    identity = sum(  # e_j: the sum over all products of j eigenvalues
-        math.comb(k, j) * math.factorial(j)
-        * sum(math.prod(chosen) for chosen in itertools.combinations(eigenvalues, j))
-        for j in range(min(k, D) + 1))
-    assert abs(expected - identity) < 1e-12
-
-
 def test_volume_sees_what_pairwise_distance_cannot():
     """Two clusters and four answers that all differ: equal mean distance, but not volume."""
     clusters = gram(torch.eye(2, dtype=torch.float64)[[0, 0, 1, 1]])

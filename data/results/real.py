@@ -33,9 +33,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 import dqo
 import eval
 from cities import name_points
-from data.metrics import words
+from data.metrics import classes, words
 from data.tasks import load_reward, load_rows
-from measure import add_second, as_different, cosines
+from measure import add_second, as_different
 from tables import (
     COLORS, choose, curve, flat, history, numbers, over_steps, panels, read, table, where)
 
@@ -49,7 +49,7 @@ TASKS = {  # data, responses per prompt, longest response
 }
 PASS_AT = ("1", "2", "4", "8", "16", "32")
 COLUMNS = ("quality", *(f"pass_at_{n}" for n in PASS_AT), "distinct_correct", "effective_diversity",
-           "utility", "self_bleu_diversity", "cosine_distance", "vendi", "log_det", "nll",
+           "utility", "self_bleu_diversity", "cosine_distance", "vendi", "log_det",
            "mean_tokens", "second_effective_diversity")
 CURVES = ("step", "quality", "distinct", "length", "kl", "quality_std", "bonus_std", "penalty_std")
 SHOWN = {  # title: (column, digits)
@@ -57,7 +57,7 @@ SHOWN = {  # title: (column, digits)
     "pass@32": ("pass_at_32", 2), "distinct correct": ("distinct_correct", 1),
     "effective diversity": ("effective_diversity", 2),
     "the same, second encoder": ("second_effective_diversity", 2), "utility": ("utility", 2),
-    "nll before training": ("nll", 2)}
+}
 CURVE_OF = ("grpo", "dqo-1", "dqo_quality-3")  # the runs whose curves are drawn
 
 
@@ -140,7 +140,7 @@ def run(name):
         prompts, groups = load_rows(data, split, 20 if split == "train" else 0), []
         options = eval.Options(n=n, temperature=1.0, max_new_tokens=longest)
         results = eval.evaluate(name, policy, encoder, load_reward(None, prompts), prompts, options,
-                                base[0], groups.append)
+                                groups.append)
         # The cosine from which the second encoder calls two responses the same: the base says.
         same = RUNS / f"{part}-same.json"
         if is_base and split == "test":
@@ -181,15 +181,6 @@ def chosen(task):
 
 
 # ---- open prompts
-def classes(texts, alike):
-    """How many: a text that is like no first of a class is one."""
-    firsts = []
-    for i in range(len(texts)):
-        if not any(alike(i, j) for j in firsts):
-            firsts.append(i)
-    return len(firsts)
-
-
 def rouge_1(one, other):
     a, b = Counter(words(one)), Counter(words(other))
     return 2 * (a & b).total() / max(1, a.total() + b.total())
@@ -202,16 +193,16 @@ def novelty(path, names):
     for name in names:
         policy, groups, found = dqo.load_model(BASE if name == "base" else str(RUNS / name)), [], []
         options = eval.Options(n=10, temperature=1.0, max_new_tokens=100)
-        (result,) = eval.evaluate(name, policy, encoder, lambda prompts, texts, rows: [0] * 10,
-                                  prompts, options, keep=groups.append)
+        (result,) = eval.evaluate(name, policy, encoder, None, prompts, options,
+                                  keep=groups.append)
         for group in groups:
-            texts, L = [x["response"] for x in group], cosines(encoder, group)
-            found.append(dict(
-                classes_by_cosine=classes(texts, lambda i, j: L[i, j] >= 0.9),
-                classes_by_rouge=classes(texts, lambda i, j: rouge_1(texts[i], texts[j]) > .458)))
+            texts = [x["response"] for x in group]
+            alike = eval.torch.tensor([[rouge_1(one, other) for other in texts] for one in texts])
+            found.append(dict(classes_by_rouge=len(classes(alike, same=0.458))))
         means, errors = eval.over(found, eval.torch.mean), eval.over(found, eval.standard_error)
         add("real_novelty.csv", [dict(
             run=name, prompts=len(prompts), **means, **{f"{c}_se": x for c, x in errors.items()},
+            classes=result["classes"], classes_se=result["se"]["classes"],
             **{c: result[c] for c in ("distinct_4", "vendi", "mean_tokens", "truncated")})])
 
 
