@@ -225,8 +225,8 @@ def loaded(what, function, name):
     except (BadInput, ModuleNotFoundError):
         raise
     except Exception as error:
-        reason = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0]
-        raise BadInput(f"{what} {str(name)[:80]}: {reason}") from None
+        reason = (str(error.__cause__ or error) or repr(error)).split()
+        raise BadInput(f"{what} {str(name)[:80]}: {' '.join(reason)[:300]}") from None
 
 
 @dataclass
