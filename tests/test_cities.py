@@ -1,6 +1,5 @@
 """The optimal policies of data/results/cities.py, against enumeration and cases by hand."""
 
-import csv
 import math
 import sys
 from pathlib import Path
@@ -33,29 +32,3 @@ def test_two_clusters():
         assert abs(p.sum() - 1) < 1e-12
         assert abs(1 - p @ L @ p - 0.5) < 1e-9
         assert abs(cities.expected_log_det(table, p)[0] - by_hand) < 1e-9
-
-
-def test_the_committed_numbers():
-    """cities.csv holds optima to 1e-6, each best by its own measure, volume more spread out."""
-    assert len(cities.PLACES) == len(set(cities.PLACES)) == 100
-    with open(RESULTS / "cities.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["template"] for row in rows[::4]] == cities.TEMPLATES
-    for first in range(0, len(rows), 4):
-        four = rows[first:first + 4]
-        names = [row["objective"] for row in four]
-        assert names == ["uniform", "pairwise", "squared", "volume"]
-        assert max(float(row["gap_at_most"]) for row in four[1:]) < 1e-6
-
-        def column(key):
-            return [float(row[key]) for row in four]
-
-        uniform, pairwise, squared, volume = column("distance")
-        assert pairwise > volume > uniform
-        uniform, pairwise, squared, volume = column("log_det")
-        assert volume > pairwise > uniform
-        uniform, pairwise, squared, volume = column("cities_above_1_percent")
-        assert volume >= squared > pairwise
-        for key in ("effective_cities", "vendi", "four_all_different"):
-            uniform, pairwise, squared, volume = column(key)
-            assert volume > squared > pairwise

