@@ -135,13 +135,14 @@ def test_a_frozen_model_in_bf16(policy, tmp_path):
     frozen, _ = load_model(str(tmp_path), bf16=True, frozen=True)
     rollout = sample(model, tokenizer, PROMPTS, 4, 12)
     logp = token_logps(model, rollout).detach()
-    assert torch.equal(logp, token_logps(frozen, rollout)), "and no gradient"
+    assert torch.equal(logp, token_logps(frozen, rollout))
+    assert not any(x.requires_grad for x in frozen.parameters())
+    exact, _ = load_model(str(tmp_path), bf16=False, frozen=True)
+    assert {x.dtype for x in exact.parameters()} == {torch.float32}
     off = (logp - token_logps(policy[0], rollout)).abs().max()  # from float32
     assert 1e-4 < off < 0.2 and (logp - rollout.logp).abs().max() < 0.1
-    halved = {name for name, x in frozen.named_parameters() if x.dtype == torch.bfloat16}
-    is_linear = {name for name in halved if "proj" in name}
-    assert model.config.model_type == "gpt2" or is_linear
-    assert {x.dtype for x in model.parameters()} == {frozen.get_input_embeddings().weight.dtype}
+    halved = [name for name, x in frozen.named_parameters() if x.dtype == torch.bfloat16]
+    assert model.config.model_type == "gpt2" or any("proj" in name for name in halved)
 
 
 def test_small_steps_count_in_bf16():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,11 +65,6 @@ def test_scores_are_those_of_one_row_at_a_time_on_a_cpu(policy):
         model.activation_checkpointing_enable()
 
 
-class Lengths:
-    def encode(self, texts):
-        return [[1.0, len(text)] for text in texts]
-
-
 def test_steps_with_a_kl_penalty(policy):
     """What is paid becomes likelier; the KL begins at 0, but for rounding, and grows."""
     name, bf16 = policy
@@ -77,9 +73,11 @@ def test_steps_with_a_kl_penalty(policy):
     rows = [dict(prompt=" ".join(WORDS[3:n])) for n in LENGTHS]
     config = Config(objective="grpo", k=8, max_new_tokens=4, beta=0.01, micro_batch=32)
 
+    encoder = SimpleNamespace(encode=lambda texts: [[1.0, len(text)] for text in texts])
+
     def reward(prompts, texts, rows):  # the share of odd words
         return [sum(int(word[1:]) % 2 for word in text.split()) / 4 for text in texts]
-    found = [dqo_step(model, tokenizer, Lengths(), reward, optimizer, rows, config, reference)[0]
+    found = [dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, reference)[0]
              for _ in range(10)]
     assert abs(found[0]["kl"]) < (0.1 if bf16 else 1e-3) < found[-1]["kl"]
     assert found[-1]["quality"] > found[0]["quality"] + 0.1

@@ -46,7 +46,7 @@ def content(tmp_path):
         Dataset.from_list(rows[split]).to_parquet(tmp_path / f"table/{split}.parquet")
     return {
         "models/me/tiny": tiny, "models/me/breaks": tiny,
-        "models/me/no_weights": {x: tiny[x] for x in tiny if "safetensors" not in x},
+        "models/me/empty": {},
         "models/me/encoder": files_of(Path(package, "model")),
         "models/me/judge": files_of(tmp_path / "judge"),
         "datasets/me/lines": {f"{split}.jsonl": "\n".join(map(json.dumps, rows[split])).encode()
@@ -145,9 +145,8 @@ def test_names_of_the_hub(hub, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     ("me/gated", "MODEL me/gated: .*Please log in"),
     ("data/tiny --data me/gated --reward story", "--data me/gated: .*authenticated"),
-    ("data/tiny --encoder me/gated", "--encoder me/gated: .*Please log in"),
     ("me/nothing", "MODEL me/nothing: .*Repository Not Found"),
-    ("me/no_weights", "MODEL me/no_weights: .*model.safetensors"),
+    ("me/empty", "MODEL me/empty: .*config.json"),
     ("me/breaks", "")])  # the client tries again
 def test_what_a_hub_refuses(hub, tmp_path, flags, said):
     status, _, errors = run(

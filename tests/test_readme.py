@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import re
 import runpy
 import statistics
@@ -90,7 +91,7 @@ def test_every_flag_exists():
         shown = re.findall(r"python (?:train|eval)\.py[^`\n#]*", text)
         shown += re.findall(r"`--[a-z-]+", text)
         flags = set(re.findall(r"--[a-z-]+", " ".join(shown)))
-        assert flags <= known | {"--kernel"}, place  # that of e8349be, where its numbers are
+        assert flags <= known, place
 
 
 def anchors(text):
@@ -123,79 +124,53 @@ def test_every_test_that_is_named_exists():
 
 
 # ------------- the numbers are those of the CSVs
-def first(model, column, tasks, split="test", seeds="012"):
-    """Per seed, the mean over tasks of a column of first.csv."""
-    found = [[float(row[column]) for row in read("first.csv") if row["task"] in tasks
-              and (row["model"], row["split"], row["seed"]) == (model, split, s)] for s in seeds]
-    assert {len(values) for values in found} == {len(tasks)}
-    return [statistics.mean(values) for values in found]
+def test_tables_are_what_the_scripts_print():
+    """Those of data/results/README.md that tables.py and real.py print, row by row."""
+    sys.path.insert(0, str(REPO / "data/results"))
+    import real
+    import tables
+    printed = output_of(lambda: (tables.show(), real.show())).splitlines()
+    titles = {cells(line)[0] for line in printed if line.startswith("|")}
+    checked = 0
+    for line in RESULTS.splitlines():
+        if line.startswith("| ") and cells(line)[0] in titles:
+            assert line in printed, line
+            checked += 1
+    assert checked > 40
+
+
+def mean_of(who, column, tasks, seeds="0", split="test"):
+    """Over tasks and seeds, of comparison.csv. who: (objective, strength)"""
+    rows = [row for row in read("comparison.csv") if (row["objective"], row["alpha"]) == who
+            and row["split"] == split and row["task"] in tasks and row["seed"] in seeds]
+    assert len(rows) == len(tasks) * len(seeds)
+    return statistics.mean(float(row[column]) for row in rows)
 
 
 def test_the_first_run():
-    """README's table is seed 0 of first.csv, that of data/results all three, and what they say."""
+    """README's table is seed 0 of comparison.csv, GRPO's as train.py shows it."""
     digits = dict(quality=2, distinct_correct=1, effective_diversity=2)
-    tasks, models = ("instruct", "summarize", "story", "reason"), ("base", "grpo", "dqo")
+    tasks, models = ("instruct", "summarize", "story", "reason"), (
+        ("base", ""), ("grpo", ""), ("dqo", "1"))
     shown = rows_of(README, "task")
     assert list(shown) == [*tasks, "mean"]
     for task, found in shown.items():
         some = tasks if task == "mean" else [task]
-        wanted = [f"{first(m, c, some, seeds='0')[0]:.{n}f}" for c, n in digits.items()
-                  for m in models]
+        wanted = [f"{mean_of(m, c, some):.{n}f}" for c, n in digits.items() for m in models]
         assert [x.strip("*") for x in found] == wanted, task
-    hard = [("instruct", "pass_at_1", 2), ("instruct", "pass_at_16", 2), ("reason", "pass_at_1", 2),
-            ("reason", "pass_at_16", 2), ("reason", "distinct_correct", 1)]
-    for model, found in rows_of(RESULTS, "today").items():
-        values = [(first(model, c, tasks), n) for c, n in digits.items()]
-        values += [(first(model, c, [task], "hard"), n) for task, c, n in hard]
-        assert found == [f"{statistics.mean(x):.{n}f} ± {statistics.stdev(x):.{n}f}"
-                         for x, n in values], model
-    before, after, kept = (statistics.mean(first(m, "distinct_correct", tasks)) for m in models)
-    assert after < before < kept and f"DQO has {kept / after:.1f} times GRPO's" in RESULTS
-    after, kept = (statistics.mean(first(m, "quality", tasks)) for m in models[1:])
-    assert f"for {after - kept:.2f} of quality" in RESULTS
-
-
-COLUMNS = ("quality", "pass_at_4", "pass_at_16", "distinct_correct", "effective_diversity",
-           "second_effective_diversity", "correct_self_bleu_diversity", "log_det")
-
-
-def over_seeds(who, column, task="average", digits=2):
-    """Mean ± standard deviation, as comparison.csv has it."""
-    name, _, alpha = who.partition(", α = ")
-    name = {"grpo, `--baseline std`": "grpo_std", "dqo, `--kernel quality`": "dqo_quality"}.get(
-        name, name)
-    values = [float(row[column]) for row in read("comparison.csv")
-              if (row["objective"], row["alpha"], row["task"]) == (name, alpha, task)]
-    assert len(values) == 3
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def test_the_comparison():
-    for who, found in rows_of(RESULTS, "mean over the tasks").items():
-        wanted = [over_seeds(who, c, digits=1 if c == "distinct_correct" else 2) for c in COLUMNS]
-        assert found == [*wanted, "3"], who
-    for who, found in rows_of(RESULTS, "quality; distinct correct").items():
-        for task, cell in zip(("instruct", "summarize", "story", "reason"), found):
-            wanted = f"{over_seeds(who, 'quality', task)}; "
-            assert cell == wanted + over_seeds(who, "distinct_correct", task, 1), (who, task)
-    for who, found in rows_of(RESULTS, "what training hardly shows").items():
-        assert found == [over_seeds(who, f"pass_at_{n}", task)
-                         for task in ("instruct", "reason") for n in (1, 4, 16)], who
+    recorded = json.loads((REPO / "data/results/first.json").read_text())
+    for result in recorded["test"][4:]:
+        assert result["quality"] == pytest.approx(mean_of(models[1], "quality", [result["task"]]))
 
 
 def test_the_real_model():
-    """README's sentence and the table of the categories that were trained on."""
-    shown = rows_of(RESULTS, "categories, trained on")
-    for who, run in (("base", "categories-base"), ("grpo", "categories-grpo-s"),
-                     ("dqo, quality kernel, α = 3", "categories-dqo_quality-3-s")):
-        rows = [row for row in read("real.csv") if row["run"].startswith(run)
+    """README's sentence about the categories that were trained on."""
+    for run in ("base", "grpo-s", "dqo_quality-3-s"):
+        rows = [row for row in read("real.csv") if row["run"].startswith(f"categories-{run}")
                 and (row["task"], row["split"]) == ("categories", "train")]
-        quality, distinct = (statistics.mean(float(row[c]) for row in rows)
-                             for c in ("quality", "distinct_correct"))
-        assert len(rows) == int(shown[who][-1])
-        assert shown[who][0].startswith(f"{quality:.2f}")
-        assert shown[who][3].startswith(f"{distinct:.1f}")
-        assert f"{quality:.2f}" in README and (who == "base" or f"{distinct:.1f}" in README)
+        for column, digits in (("quality", 2), ("distinct_correct", 1)):
+            mean = statistics.mean(float(row[column]) for row in rows)
+            assert f"{mean:.{digits}f}" in README, run
 
 
 def test_cities():

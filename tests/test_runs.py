@@ -158,9 +158,9 @@ INTERRUPTIONS = [  # what comes in the next steps, or in the last table; exit st
 
 def test_interrupted_in_every_way(capsys):
     """The output says how to go on, and the run ends as one that nothing disturbed; in the last
-    table the model is saved already. Runs can be moved; flags beside --resume are printed, kept."""
-    assert command(f"{MINE} --steps 5 --out whole") == 0
-    line = f"{MINE} --steps 5 --out run"
+    table the model is saved already. Runs can be moved; flags beside --resume are kept."""
+    assert command(f"{MINE} --steps 5 --bf16 --out whole") == 0
+    line = f"{MINE} --steps 5 --bf16 --out run"
     for split, script, status, step in INTERRUPTIONS:
         capsys.readouterr()
         Path(f"{split}.txt").write_text(script)
@@ -286,6 +286,39 @@ def test_inputs_that_changed(flags, capsys):
         assert name in line
 
 
+@pytest.mark.parametrize("flags", ["--bf16", "--no-bf16"])
+def test_weights_that_do_not_learn(flags):
+    """At a learning rate of 0 they stay as they are; for bf16 but for what it rounds away."""
+    assert command(f"{TRAIN} --steps 1 --lr 0 {flags} --out run") == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(name).lm_head.weight
+                     for name in ("data/tiny", "run"))
+    off = (after - before).abs() / before.abs()
+    assert (off.max() == 0) == (flags == "--no-bf16") and off.max() < 1 / 128
+    assert json.loads(Path("run/run.json").read_text())["bf16"] == (flags == "--bf16")
+
+
+@pytest.mark.slow
+def test_what_was_recorded(monkeypatch, capsys):
+    """A run with the recorded settings is shown beside the base model and GRPO, with the hard
+    prompts and eight answers each; another run is not."""
+    monkeypatch.setattr(train, "RESULTS", Path())
+    shutil.copy(REPO / "data/results/first.json", "first.json")
+    line = "train.py --steps 1 --save-every 1"
+    assert command(f"{line} --out a") == 0
+    assert "recorded" not in capsys.readouterr().out
+    recorded = json.loads(Path("first.json").read_text())
+    recorded["options"]["steps"] = 1
+    Path("first.json").write_text(json.dumps(recorded))
+    assert command(f"{line} --objective dqo_quality --out b") == 0
+    said = capsys.readouterr().out
+    assert said.count("GRPO (recorded)") == 5 + 3 + 1 and said.count("HARD") == 1
+    assert "  pass@16   " in said.partition("HARD")[2]
+    answers = [x.split("  ")[-1].split(", ") for x in said.splitlines() if "this run  " in x][-1:]
+    assert len(answers[0]) == 8
+    assert command(f"{line} --seed 1 --out c") == 0
+    assert "recorded" not in capsys.readouterr().out
+
+
 def test_a_template_that_writes_the_date(capsys):
     """Tomorrow the same seed is another run: one line says so."""
     shutil.copytree(REPO / "data/tiny", "dated")
@@ -338,3 +371,5 @@ def test_what_was_measured_is_kept(second, script, end, responses, capsys):
     assert [x["model"] for x in json.loads(Path("x.json").read_text())] == ["data/tiny"]
     assert len(lines("s.jsonl")) == responses
     assert "mean tokens" in capsys.readouterr().out
+    assert command(f"{EVAL} data/tiny --reward none --json y.json --plot y.png") == 0
+    assert "quality" not in json.loads(Path("y.json").read_text())[0]

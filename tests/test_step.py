@@ -263,20 +263,6 @@ class OnlyLogits(torch.nn.Module):
         return SimpleNamespace(logits=logits, past_key_values=None)
 
 
-def test_the_loss_holds_the_logits_once():
-    """Forward and backward at a vocabulary of 150k. A plain log-softmax holds three copies."""
-    vocab, k, T = 150_000, 4, 64
-    one, response = torch.ones(1, 1, dtype=torch.long), torch.randint(vocab, (1, k, T))
-    rollout = Rollout(one, one, response, response >= 0, None, [], [], None)
-    model = OnlyLogits(vocab)
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        token_logps(model, rollout).sum().backward()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    held = torch.tensor([e.nbytes() for e in events if e.name() == "[memory]"]).cumsum(0)
-    assert 1 <= held.max() / (vocab * k * T * 4) < 1.5
-
-
 def test_embeddings(model, tokenizer):
     """Unit vectors in the order of the texts; each text is encoded once, until memory is full."""
     encoder, known = HashEncoder(), {}

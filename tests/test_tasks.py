@@ -215,20 +215,6 @@ def test_what_is_no_data_is_refused_in_one_line(tmp_path, monkeypatch, name, con
 CLIP = dict(question="Ann buys 1,000?", answer="3 + 1000\n#### 1,003")
 
 
-@pytest.mark.parametrize("task, published, said, right, wrong", [of_task(*case) for case in [
-    ("gsm8k", CLIP, "Ann buys 1,000?", "so\n#### 1003", "#### 1004"),
-    ("math", CLIP, "Ann buys 1,000?", "so \\boxed{1003}", "1004"),
-    ("commongen", dict(concepts=["ski", "skier"]), "ski, skier", "Skiers ski.", "A skier."),
-    ("dolly", dict(instruction="Who?", context="x", response="Ann"), "Who?\n\nx", "ann", "x"),
-    ("cnn_dailymail", dict(article="A cat.", highlights="A cat ."), "A cat.", "a cat.", "x"),
-]])
-def test_a_file_of_your_own_for_a_task(tmp_path, task, published, said, right, wrong):
-    """TASK:FILE has the task's template and reward, and keeps the columns."""
-    rows = load_rows(f"{task}:{write(tmp_path, published)}", "test")
-    assert said in rows[0]["prompt"] and published.items() <= rows[0].items()
-    assert load_reward(None, rows)([None] * 2, [right, wrong], rows * 2) == [1.0, 0.0]
-
-
 @pytest.mark.parametrize("task, good, bad", [of_task(*case) for case in [
     ("gsm8k", "7.", [None, "none", "#### none", "#### 7 apples", "3, 4", True, [5]]),
     ("instruct", ["rome"], [None, "rome", [], [""], [1]]), ("story", ["dog", "park"], ["dog"]),
