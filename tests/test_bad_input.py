@@ -96,7 +96,6 @@ BAD = [  # a command, and what its message must say
     (f"{MATH} good.jsonl --max-new-tokens 200", "prompt", "--max-new-tokens"),
     (f"{EVAL} data/tiny --max-new-tokens 200", "prompt", "--max-new-tokens"),
     (f"{MATH} stories", "stories", "instruct", "OWNER/NAME"),
-    (f"{MATH} story,", "--data"),
     # rewards and objectives
     ("train.py --data good.jsonl", "--reward", "file.py:function"),
     (f"{TRAIN} --reward maths", "maths", "gsm8k", "file.py:function"),
@@ -109,12 +108,10 @@ BAD = [  # a command, and what its message must say
     (f"{TRAIN} --k 2", "--k 2", "3"),
     (f"{TRAIN} --k 1 --objective grpo", "--k 1", "2"),
     (f"{TRAIN} --lr nan", "--lr nan"),
-    (f"{TRAIN} --temperature 0", "--temperature 0"),
     (f"{TRAIN} --baseline median", "--baseline", "median", "none"),
     (f"{TRAIN} --template [1]", "--template", "[1]"),
     (f"{EVAL} data/tiny --n 0", "--n"),
     (f"{TRAIN} --reward none", "--reward", "none has none"),
-    (f"{EVAL} data/tiny --temperature -1", "--temperature"),
     # models and encoders
     (f"{TRAIN} --model no/such", "--model no/such"),
     (f"{EVAL} no/such", "no/such"),
@@ -131,7 +128,6 @@ BAD = [  # a command, and what its message must say
     (f"{TRAIN} --out plain.txt", "plain.txt exists", "--resume"),
     (f"{TRAIN} --out plain.txt/run", "plain.txt/run"),
     (f"{EVAL} data/tiny --json plain.txt", "plain.txt"),
-    (f"{EVAL} data/tiny --plot no/x.png", "no/x.png"),
     ("train.py --resume nothing", "--resume nothing", "run.json"),
     # packages
     (f"{MATH} owner/name", "pip install datasets"),

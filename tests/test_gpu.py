@@ -42,8 +42,7 @@ def policy(request, tmp_path):
 
 
 def test_scores_are_those_of_one_row_at_a_time_on_a_cpu(policy):
-    """Left padding, shared prompts, micro-batches, frozen weights: to 1e-4 in float32, to rounding
-    in bf16. Gradients are finite, with checkpointing too."""
+    """Left padding, shared prompts, micro-batches, frozen weights; finite gradients."""
     name, bf16 = policy
     (model, tokenizer), exact = load_model(name, bf16), load_model(name, bf16=False)[0].cpu()
     prompts = [torch.randint(3, 600, (n,)).tolist() for n in LENGTHS]
@@ -66,7 +65,7 @@ def test_scores_are_those_of_one_row_at_a_time_on_a_cpu(policy):
 
 
 def test_steps_with_a_kl_penalty(policy):
-    """What is paid becomes likelier; the KL begins at 0, but for rounding, and grows."""
+    """What is paid becomes likelier; the KL begins near 0 and grows."""
     name, bf16 = policy
     (model, tokenizer), (reference, _) = load_model(name, bf16), load_model(name, bf16, frozen=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)

@@ -56,7 +56,7 @@ def content(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """HEAD and GET of files, and the API: what a repository holds."""
+    """Files, and the API: what a repository holds."""
 
     protocol_version = "HTTP/1.1"
 
@@ -82,7 +82,6 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def found(self, path):
-        """(status, body, headers)"""
         if "me/gated" in path:
             return 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": RESTRICTED}
         kind, name, file = re.fullmatch(  # a file, else the API
@@ -111,7 +110,7 @@ def hub(tmp_path):
 
 
 def run(hub, tmp_path, line, offline="0", cache="home"):
-    """(exit status, what it printed, what it said of errors)"""
+    """(exit status, output, errors)"""
     environment = dict(os.environ, HF_HOME=str(tmp_path / cache), HF_HUB_OFFLINE=offline,
                        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, *line.split()], cwd=REPO, text=True,
