@@ -263,7 +263,8 @@ def draw(task="categories"):
     figure.savefig(HERE / "real.png", dpi=150)
 
     figure, two = panels(2, (9, 4))
-    about = dict(letters="trained on any fruit, asked for one with P", sentences="other sentences")
+    about = dict(letters="trained on any fruit, asked for one with P",
+                 categories="categories that were not trained on")
     for axes, (task, what) in zip(two, about.items()):
         runs = by_name(read("real_pass.csv"), task)
         for name in filter(runs.get, ("base", *CURVE_OF)):
