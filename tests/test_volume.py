@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqo import BadInput, dqo_quality, gram, log_det, marginal_gains
+from dqo import dqo_quality, gram, log_det, marginal_gains
 
 
 def unit(*shape, seed=0):
