@@ -5,14 +5,16 @@ project's functions, the expected update is grad J_k without a baseline, and gra
 group's mean subtracted.
 """
 
+import copy
 import itertools
+import zlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import random_llama
-from dqo import OBJECTIVES, Rollout, advantages, gram, policy_loss, token_logps
+from dqo import (OBJECTIVES, Config, Rollout, advantages, dqo_step, gram, policy_loss, token_logps)
 
 ALPHA = 0.7
 GENERATOR = torch.Generator().manual_seed(5)
@@ -213,3 +215,35 @@ def test_language_model(name, beta, temperature, baseline, target_k):
     weight = weight * (probability * len(groups) * k * LONGEST)[:, None, None]
     loss = policy_loss(scored[groups], weight, mask[0][groups], LONGEST, scored.detach()[groups])
     close(-flat(loss), truth, 1e-5, 1e-3)
+
+
+# -------------------- the same through dqo_step
+ROWS = [{"prompt": "<s> w5 w6"}, {"prompt": "<s> w9 w9 w3 w4"}]
+
+
+class Encoder:
+    """A random direction for each text, the same every time."""
+
+    def encode(self, texts):
+        seeds = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
+        return torch.stack([torch.randn(6, generator=seed) for seed in seeds])
+
+
+def one_step(model, tokenizer, reference, score, **config):
+    """What a step of SGD at lr 1 takes off the weights; the advantages of the first tokens."""
+    trained = copy.deepcopy(model)
+    sgd = torch.optim.SGD(trained.parameters(), lr=1.0)
+    config = Config(max_new_tokens=6, **config)
+    torch.manual_seed(4)
+    _, samples = dqo_step(trained, tokenizer, Encoder(), lambda prompts, texts, rows: score(texts),
+                          sgd, ROWS, config, reference)
+    pairs = zip(model.parameters(), trained.parameters())
+    off = torch.cat([(before - after).detach().flatten() for before, after in pairs])
+    return off, torch.tensor([x["advantage"] for x in samples], dtype=torch.float64).view(2, -1)
+
+
+def test_equal_qualities_have_no_spread(model, tokenizer):
+    """Their mean is off by rounding, which `std` must not blow up to order 1."""
+    off, first = one_step(model, tokenizer, None, lambda texts: [100.1] * 16, objective="grpo",
+                          baseline="std", beta=0.0, k=8)
+    assert first.abs().max() < 1e-6 and off.abs().max() < 1e-6

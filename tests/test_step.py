@@ -11,7 +11,8 @@ import torch
 
 from conftest import random_llama, word_tokenizer
 from dqo import (
-    OBJECTIVES, Config, Rollout, dqo_step, embed, gram, marginal_gains, measure, micro_batches, policy_loss, sample, token_logps)
+    OBJECTIVES, BadInput, Config, Rollout, dqo_quality, dqo_step, embed, gram,
+    marginal_gains, measure, micro_batches, policy_loss, sample, token_logps)
 
 PROMPTS = ["w5 w6", "w9 w9 w3", "w7"]
 TEMPLATE, IDS = "{{ messages[0].content }} {{ more }}", [[5, 6, 8], [9, 9, 3, 8], [7, 8]]
@@ -248,6 +249,20 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(logp.grad, by_hand)
 
 
+class OnlyLogits(torch.nn.Module):
+    """An embedding and a head: the logits are all there is to the memory."""
+
+    def __init__(self, vocab, width=16):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocab, width)
+        self.head = torch.nn.Linear(width, vocab, bias=False)
+        self.device = self.head.weight.device
+
+    def forward(self, input_ids, logits_to_keep=0, **_):
+        logits = self.head(self.embed(input_ids)[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, past_key_values=None)
+
+
 def test_embeddings(model, tokenizer):
     """Unit vectors in the order of the texts; each text is encoded once, until memory is full."""
     encoder, known = HashEncoder(), {}
@@ -316,8 +331,18 @@ def test_a_number_that_is_not_finite_stops_the_step_before_a_weight_moves(model,
     assert all(x.isfinite().all() for x in known.values())
 
 
-def test_equal_qualities_have_no_spread(model, tokenizer):
-    """Their mean is off by rounding, which `std` must not blow up to order 1."""
-    _, _, samples = step(model, tokenizer, reward=lambda *_: [100.1] * 7 * P, k=7,
-                         objective="grpo", baseline="std")
-    assert max(abs(x["advantage"]) for x in samples) < 1e-6
+@pytest.mark.parametrize("scores, fine", [
+    ([0.0, 0.5, 0.2 + 0.4 + 0.3 + 0.1], True),  # 1.0000000000000002
+    ([0.0, 0.5, np.float32(1.0000002)], True),  # a cosine, say
+    ([0.0, 0.5, 1.1], False),
+    ([-0.1, 0.5, 1.0], False),
+])
+def test_qualities_of_dqo_quality(scores, fine):
+    """In [0, 1] up to rounding, which spans no more than 1 does."""
+    quality, L = torch.tensor([scores], dtype=torch.float64), torch.eye(3)[None].double()
+    if not fine:
+        with pytest.raises(BadInput, match="squash"):
+            dqo_quality(quality, L, None)
+        return
+    gain = (dqo_quality(quality, L, None, alpha=1.0) - quality)[0].tolist()
+    assert gain == pytest.approx([0.0, math.log(1.5), math.log(2)], abs=1e-7)
