@@ -583,7 +583,8 @@ def load_model(name, bf16=None, frozen=False):
         device, fast = "cuda", torch.cuda.is_bf16_supported(False)
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper, pytorch#196678
     model.bf16 = fast if bf16 is None else bf16
-    model = freeze(model) if frozen else model
+    if frozen:
+        freeze(model)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 

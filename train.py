@@ -259,7 +259,7 @@ def train(options, inputs):
         model, _ = eval.load_policy(str(eval.checkpoints(out)[-1]), options.bf16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    conclude(out, options, (model, tokenizer), encoder, reward, test_rows)
+    conclude(out, options, (model, tokenizer), reference, encoder, reward, test_rows)
 
 
 def open_run(out, done, options, inputs):
@@ -281,7 +281,7 @@ def open_run(out, done, options, inputs):
     (out / "run.json").write_text(json.dumps(stored, indent=1))
 
 
-def conclude(out, options, policy, encoder, reward, rows):
+def conclude(out, options, policy, reference, encoder, reward, rows):
     """Table and picture of this run and its base model; beside a default run GRPO, recorded."""
     def measured(name, policy, rows, **more):
         return eval.evaluate(name, policy, encoder, reward, rows, replace(options, **more),
@@ -291,7 +291,7 @@ def conclude(out, options, policy, encoder, reward, rows):
     is_default = asdict(options) | known["options"] == asdict(options)
     test, hard = known["test"], known["hard"]
     if not is_default:
-        base, _ = dqo.load_model(options.model, options.bf16)
+        base = reference or dqo.load_model(options.model, options.bf16)[0]
         test, hard = measured("base", (base, policy[1]), rows), []
     test += measured("this run", policy, rows)
     print(eval.table(test, SUMMARY))

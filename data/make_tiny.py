@@ -1,11 +1,11 @@
 """Writes the four miniature tasks (data/*.jsonl) and pre-trains the tiny base model (data/tiny/).
 
-    python data/make_tiny.py     # rebuilds all, seeded; ten minutes on one core
+    python data/make_tiny.py     # rebuilds what is here; ten minutes on one core
 
-Nobody needs to run this: its output is committed. RL can only sharpen what the base model does now
-and then. So it is **diverse and half right**: every prompt of its corpus has many right answers,
-some far more popular than others (Zipf), and 30-50 % are wrong as those of real models. Test
-prompts are new combinations of known parts, hard ones of rare categories and targets.
+RL can only sharpen what the base model does now and then. So it is **diverse and half right**:
+every prompt of its corpus has many right answers, some far more popular than others (Zipf), and
+30-50 % are wrong as those of real models. Test prompts are new combinations of known parts, hard
+ones of rare categories and targets.
 """
 
 import json

@@ -80,10 +80,10 @@ def self_bleu(texts):
             match = sum(min(c, most[gram][c < most[gram][1]]) for gram, c in mine.items())
             match, of = match + (n > 1), mine.total() + (n > 1)
             logs[i] += math.log(match / of) / 4 if match else -math.inf
-    for i, mine in enumerate(map(len, tokens)):
-        others = [len(t) for t in tokens[:i] + tokens[i + 1:]]
-        closest = min(others, key=lambda x: (abs(x - mine), x))
-        logs[i] += min(0.0, 1 - closest / max(1, mine))
+    lengths = [max(1, len(t)) for t in tokens]
+    for i, length in enumerate(lengths):
+        closest = min(lengths[:i] + lengths[i + 1:], key=lambda x: (abs(x - length), x))
+        logs[i] += min(0.0, 1 - closest / length)
     return sum(map(math.exp, logs)) / len(texts)
 
 
@@ -116,7 +116,7 @@ def effective_diversity(correct, L, same=0.9):
 
 def classes(L, same=0.9):
     """The responses that are new: not alike, by a cosine of at least `same`, to an earlier one of
-    them. So each begins a class of meanings (NoveltyBench, Zhang et al. 2025)."""
+    them. Each begins a class of meanings (NoveltyBench, Zhang et al. 2025)."""
     new = []
     for i in range(len(L)):
         if not any(L[i, j] >= same for j in new):
@@ -124,10 +124,10 @@ def classes(L, same=0.9):
     return new
 
 
-def utility(scores, L, patience=0.8):
+def utility(scores, new, patience=0.8):
     """What n responses are worth to one who reads them in turn, goes on with probability
-    `patience`, and gains nothing by the same again (NoveltyBench)."""
-    total = sum(patience ** i * scores[i] for i in classes(L))
+    `patience`, and gains by the new ones alone (NoveltyBench). new: see `classes`"""
+    total = sum(patience ** i * scores[i] for i in new)
     return total * (1 - patience) / (1 - patience ** len(scores))
 
 
@@ -138,7 +138,8 @@ def group_metrics(texts, scores, phi, threshold):
     empty = (~phi.any(-1, keepdim=True)).double()
     L = phi @ phi.T + empty @ empty.T  # two zero vectors, of empty texts, are alike
     sizes = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256) if m < n] + [n]
-    metrics = dict(quality=sum(scores) / n, utility=utility(scores, L)) if scores else {}
+    new = classes(L)
+    metrics = dict(quality=sum(scores) / n, utility=utility(scores, new)) if scores else {}
     if scores and threshold is None:
         metrics["max_at"] = {str(m): best_at(scores, m) for m in sizes}
     elif scores:
@@ -148,7 +149,7 @@ def group_metrics(texts, scores, phi, threshold):
             {normalize(text) for text, is_right in zip(texts, correct) if is_right})
         metrics["effective_diversity"] = effective_diversity(correct, L)
     return metrics if n == 1 else metrics | dict(
-        classes=len(classes(L)),
+        classes=len(new),
         distinct_4=distinct_n(texts, 4),
         self_bleu_diversity=1 - self_bleu(texts),
         self_rouge_diversity=1 - self_rouge(texts),

@@ -18,6 +18,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 from data.metrics import nfc, normalize, rouge_l, words
@@ -198,28 +199,33 @@ def rouge(row, response):
     return rouge_l(row["answer"], response)
 
 
+@cache
+def scorer(name):
+    import reasoning_gym
+    return reasoning_gym.get_score_answer_fn(name)
+
+
 def puzzle(row, response):
-    """What reasoning-gym pays for the text within <answer>, 1 if it is right."""
-    from reasoning_gym import get_score_answer_fn
+    """What reasoning-gym pays for the text within <answer>."""
     from reasoning_gym.utils import extract_answer
-    return get_score_answer_fn(row["puzzle"])(extract_answer(response), row)
+    return scorer(row["puzzle"])(extract_answer(response), row)
 
 
 def puzzles(source, split):
-    """(where, row) of a task of reasoning-gym, each row from a seed of its own."""
+    """(where, row) of a reasoning-gym task, each row from a seed of its own."""
     from reasoning_gym.factory import DATASETS, create_dataset
     from reasoning_gym.utils import SYSTEM_PROMPTS
     name = source.removeprefix("rg:")
     if name not in DATASETS:
         raise BadInput(f"--data {source}: reasoning-gym has {', '.join(sorted(DATASETS))}")
     for row in create_dataset(name, size=1000, seed=0 if split == "train" else 1000):
-        prompt = f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}"
-        yield source, dict(row, puzzle=name, prompt=prompt, answer=str(row["answer"]))
+        yield source, dict(row, puzzle=name, answer=str(row["answer"]),
+                           prompt=f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}")
 
 
 # ---- names become rows
 def loaded(what, function, name):
-    """function(name), where whatever a library raises becomes one line."""
+    """function(name); what a library raises becomes one line."""
     try:
         return function(name)
     except (BadInput, ModuleNotFoundError):
@@ -231,12 +237,12 @@ def loaded(what, function, name):
 
 @dataclass
 class Task:
-    source: str                        # what `read` takes
-    reward: object = None              # (row, response) -> number; None: --reward says
-    template: object = None            # row -> (prompt, answer); None: the row has them
-    train: str = "train"               # the splits, as the hub calls them
+    source: str                    # what `read` takes
+    reward: object = None          # (row, response) -> number; None: --reward says
+    template: object = None        # row -> (prompt, answer); None: the row has them
+    train: str = "train"           # the splits, as the hub calls them
     test: str = "test"
-    threshold: float | None = 1.0      # reward from which a response is correct; None: none is
+    threshold: float | None = 1.0  # from which reward a response is correct; None: none
 
 
 OWN = dict(instruct=instruct, summarize=summarize, story=story, reason=reason, categories=instruct)
@@ -251,7 +257,7 @@ TASKS = {name: Task(str(HERE / f"{name}.jsonl"), reward) for name, reward in OWN
 
 
 def task_of(name):
-    """A task by name; NAME:FILE has its template and reward, and rows of your own."""
+    """A task by name; NAME:FILE has its template and reward, and your rows."""
     if name.startswith("rg:"):
         return Task(name, puzzle)
     name, _, file = name.partition(":") if name.partition(":")[0] in TASKS else (name, "", "")

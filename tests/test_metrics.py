@@ -72,7 +72,8 @@ def lcs(a, b):
 
 def test_self_bleu_and_self_rouge_against_slow_ones():
     rng = random.Random(0)
-    groups = [["", ""], ["x", "x", "x"], ["a b c", "d e f"], ["a b c d", "a b c e f"]]
+    groups = [["", ""], ["x", "x", "x"], ["a b c", "d e f"], ["a b c d", "a b c e f"],
+              ["a b c", "", "a b c d e"]]
     for k, longest, letters in [(2, 5, "abc"), (4, 12, "ab"), (6, 9, "abcde"), (5, 90, "abcd")] * 6:
         groups.append([" ".join(rng.choices(letters, k=rng.randrange(longest))) for _ in range(k)])
     for texts in groups:
@@ -125,7 +126,8 @@ def test_utility():
     for scores, L, expected in [([1.0, 0.5, 0.0, 1.0], EYE, 1 + .8 * .5 + .512),
                                 ([1.0, 0.5, 1.0, 1.0], TWO, 1 + .64),
                                 ([0.5, 1.0, 1.0, 1.0], CHAIN, .5 + .64 + .512)]:
-        assert metrics.utility(scores, L) == about(expected * (1 - .8) / (1 - .8 ** 4))
+        new = metrics.classes(L)
+        assert metrics.utility(scores, new) == about(expected * (1 - .8) / (1 - .8 ** 4))
 
 
 def test_every_number_stands_under_its_name():
@@ -136,7 +138,8 @@ def test_every_number_stands_under_its_name():
     expected = dict(
         quality=1.5, distinct_correct=2,  # the first two are one answer
         effective_diversity=metrics.effective_diversity([True, True, True, False], L),
-        utility=metrics.utility(scores, L), distinct_4=metrics.distinct_n(texts, 4),
+        utility=metrics.utility(scores, metrics.classes(L)),
+        distinct_4=metrics.distinct_n(texts, 4),
         self_bleu_diversity=1 - metrics.self_bleu(texts),
         self_rouge_diversity=1 - metrics.self_rouge(texts),
         cosine_distance=1 - sum(L[i, j].item() for i, j in combinations(range(4), 2)) / 6,

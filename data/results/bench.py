@@ -5,7 +5,7 @@
     python data/results/bench.py gpu --trl-python trlenv/bin/python    # Qwen2.5-0.5B's shape
 
 Clocks drift, so the sides take turns; numbers are medians. The sides of a step are processes, one
-computing at a time. Models but data/tiny have random weights and draw responses of full length.
+computing at a time. Models have random weights, and draw responses of full length.
 Ours is a step of DQO, TRL's of GRPO, with bf16 products both or neither. gb: the peak of the
 process, on a GPU of torch; tokens: those that went through the model with gradient, or were drawn.
 
@@ -94,8 +94,7 @@ def serve_dqo(spec):
         model = with_adapters(dqo.freeze(model))
     reference = dqo.freeze(make_model(spec.shape, spec.bf16)[0]) if spec.beta else None
     encoder, known, turns = dqo.load_encoder(), {}, Turns(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     rows = [dict(prompt=text) for text in prompts_of(spec.words)]
     config = dqo.Config(objective="dqo", k=spec.k, max_new_tokens=spec.T, beta=spec.beta,
                         micro_batch=spec.micro_batch)

@@ -9,9 +9,8 @@
 
 The CSVs beside this file grow as the runs come in: real.csv; real_training.csv, every 5 steps;
 real_samples.csv, answers to the first three test prompts; real_pass.csv, pass@n with its standard
-error over the prompts; real_novelty.csv. The metrics are eval.py's; nll, fluency, is the negative
-log-likelihood under the model before training, and the second encoder is the mean of that model's
-word vectors.
+error over the prompts; real_novelty.csv. The metrics are eval.py's; the second encoder is the
+mean of the word vectors of the model before training.
 """
 
 import csv

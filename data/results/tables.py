@@ -126,13 +126,13 @@ def write_comparison(best):
 def write_first():
     """What train.py shows beside a run with its defaults: first.json."""
     run = json.loads((RUNS / "grpo-s0" / "run.json").read_text("utf-8"))
-    first = dict(options={name: run[name] for name in sorted(run.keys() - FREE)}, test=[], hard=[])
+    options = {name: run[name] for name in sorted(run.keys() - FREE)}
+    first = dict(options=options, test=[], hard=[], answers=[])
     for name, label in (("base-s0", "base"), ("grpo-s0", "GRPO (recorded)")):
         measured = json.loads((RUNS / name / "measured.json").read_text("utf-8"))
         for part in ("test", "hard"):
             first[part] += [dict(result, model=label) for result in measured[part]]
-        first.setdefault("answers", []).extend(
-            dict(answer, model=label) for answer in measured["samples"][:8])
+        first["answers"] += [dict(answer, model=label) for answer in measured["samples"][:8]]
     (HERE / "first.json").write_text(json.dumps(first, indent=1) + "\n", "utf-8")
 
 
