@@ -17,6 +17,7 @@ import operator
 import re
 import sys
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 
 # ---- the miniature tasks, of make_tiny.py
 LINES = (HERE / "words.txt").read_text("utf-8").splitlines()  # most popular words first
-WORDS = {kind: words.split() for kind, words in (line.split(": ") for line in LINES)}
+WORDS = {kind: x.split() for kind, x in (line.split(": ") for line in LINES)}
 
 
 def choice(patterns):
@@ -72,13 +73,13 @@ STORY = re.compile(
 
 
 def story(row, response):
-    """One sentence of the grammar above that uses both given words."""
+    """A sentence of the grammar above that uses both words."""
     match, given = STORY.fullmatch(normalize(response)), sorted(names(row["answer"]))
     return float(match is not None and sorted(match.groups()) == given)
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub,
-             ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def value(expression):
@@ -88,10 +89,10 @@ def value(expression):
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp):
-            return -exact(node.operand)
+            return OPERATORS[type(node.op)](exact(node.operand))
         return OPERATORS[type(node.op)](exact(node.left), exact(node.right))
 
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression) or re.search(r"\*\*|//", expression):
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
         return None
     try:
         return exact(ast.parse(expression.strip(), mode="eval").body)
@@ -177,10 +178,10 @@ def coverage(row, response):
     if is_list or NOT_ONE.search(text) or len(text.split()) > 50:
         return 0.0
     for word in sorted(given, key=len, reverse=True):  # "a skier skis": the longer word first
-        form = next((token for token in tokens if is_form(token, word)), None)
-        if form is None:
+        forms = [token for token in tokens if is_form(token, word)]
+        if not forms:
             return 0.0
-        tokens.remove(form)
+        tokens.remove(forms[0])
     return 1.0
 
 
@@ -194,33 +195,35 @@ def cnn_prompt(row):
 
 
 def rouge(row, response):
-    """WARNING  It pays little for a good answer other than the one that somebody happened to write.
-    A reward model, hf:MODEL, judges better."""
+    """WARNING  Good answers that nobody wrote down get little; hf:MODEL judges better."""
     return rouge_l(row["answer"], response)
 
 
-@cache
-def scorer(name):
-    import reasoning_gym
-    return reasoning_gym.get_score_answer_fn(name)
+@cache  # some take seconds
+def puzzle_set(name, seed):
+    from reasoning_gym.factory import DATASETS, create_dataset
+    if name not in DATASETS:
+        near = ", ".join(get_close_matches(name, DATASETS, 9, 0))
+        raise BadInput(f"--data rg:{name}: no task of reasoning-gym; near: {near}")
+    return loaded("--data", lambda _: create_dataset(name, size=1000, seed=seed), f"rg:{name}")
 
 
 def puzzle(row, response):
-    """What reasoning-gym pays for the text within <answer>."""
+    """What reasoning-gym pays for what is in <answer>."""
     from reasoning_gym.utils import extract_answer
-    return scorer(row["puzzle"])(extract_answer(response), row)
+    task = puzzle_set(row["puzzle"], 0)
+    try:
+        return task.score_answer(extract_answer(response), row)
+    except Exception:  # some raise at what they cannot read
+        return 0.0
 
 
-def puzzles(source, split):
-    """(where, row) of a reasoning-gym task, each row from a seed of its own."""
-    from reasoning_gym.factory import DATASETS, create_dataset
+def puzzles(name, split):
+    """(where, row) of each, from a seed of its own."""
     from reasoning_gym.utils import SYSTEM_PROMPTS
-    name = source.removeprefix("rg:")
-    if name not in DATASETS:
-        raise BadInput(f"--data {source}: reasoning-gym has {', '.join(sorted(DATASETS))}")
-    for row in create_dataset(name, size=1000, seed=0 if split == "train" else 1000):
-        yield source, dict(row, puzzle=name, answer=str(row["answer"]),
-                           prompt=f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}")
+    for row in puzzle_set(name, 0 if split == "train" else 1000):
+        yield f"rg:{name}", dict(row, puzzle=name, answer=str(row["answer"]),
+                                 prompt=f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}")
 
 
 # ---- names become rows
@@ -253,16 +256,16 @@ TASKS = {name: Task(str(HERE / f"{name}.jsonl"), reward) for name, reward in OWN
     "dolly": Task("databricks/databricks-dolly-15k", rouge, dolly_prompt, "train[5%:]",
                   "train[:5%]", threshold=None),
     "cnn_dailymail": Task("abisee/cnn_dailymail:3.0.0", rouge, cnn_prompt, threshold=None),
+    "rg": Task("", puzzle),
 }
 
 
 def task_of(name):
     """A task by name; NAME:FILE has its template and reward, and your rows."""
-    if name.startswith("rg:"):
-        return Task(name, puzzle)
-    name, _, file = name.partition(":") if name.partition(":")[0] in TASKS else (name, "", "")
-    task = TASKS.get(name) or Task(name, threshold=None)
-    return replace(task, source=file) if file else task
+    known, _, file = name.partition(":")
+    if known not in TASKS:
+        return Task(name, threshold=None)
+    return replace(TASKS[known], source=file or TASKS[known].source)
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -279,8 +282,8 @@ def read(source, split):
         yield from read_lines(path, source)
         return
     if not here and "/" not in source:
-        raise BadInput(f"--data {source}: no task ({', '.join(TASKS)}), no file, and no data set "
-                       "of the hub, OWNER/NAME")
+        raise BadInput(f"--data {source}: no task ({', '.join(TASKS)}), file, or data set of the "
+                       "hub, OWNER/NAME")
     from datasets import load_dataset
     named, more = source.split(":"), dict(split=split)
     if here:
@@ -311,20 +314,19 @@ def is_prompt(prompt):
 
 
 def load_rows(data, split, limit=0):
-    """The rows of tasks or sources, the first `limit` of each: dicts with prompt, answer, what was
-    published, and "_task" and "_where", file and line."""
+    """The first `limit` rows of each task or source: dicts with prompt, answer, what was published,
+    and "_task" and "_where", file and line."""
     rows = []
     for name in data.split(","):
         task, found = task_of(name), {}
         published = {"train": task.train, "test": task.test}.get(split, split)
-        for where, row in (puzzles if name.startswith("rg:") else read)(task.source, published):
+        for where, row in (puzzles if task.reward is puzzle else read)(task.source, published):
             if task.template:
                 row["prompt"], row["answer"] = loaded(f"{where}:", task.template, row)
             if (row.get("split") or split) != split:
                 continue
             if not is_prompt(row.get("prompt")):
-                raise BadInput(f'{where}: "prompt" must be a text, or chat messages of text, in '
-                               f"{str(row)[:80]}")
+                raise BadInput(f'{where}: "prompt" must be text, or chat messages: {str(row)[:80]}')
             key = str((row["prompt"], row.get("answer")))  # published sets repeat rows
             found.setdefault(key, dict(row, _task=name, _where=where))
             if len(found) == limit:
@@ -348,21 +350,22 @@ def load_reward(name, rows):
         return task_of(name or row["_task"]).reward(row, response)
 
     for row in rows:
-        if task_of(name or row["_task"]).reward is None:
-            raise BadInput(f"--reward: {name or row['_task']} has none; give {', '.join(TASKS)}, "
-                           "hf:MODEL, or file.py:function")
+        task, answer = name or row["_task"], row.get("answer")
+        if task_of(task).reward is None:
+            raise BadInput(f"--reward: {task} has none; give {', '.join(TASKS)}, hf:MODEL, or "
+                           "file.py:function")
         try:
-            if row.get("answer") in (None, ""):
+            if answer in (None, ""):
                 raise BadInput("there is none")
             score(row, "")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"{row['_where']}: the reward cannot use the answer "
-                           f"{row.get('answer')!r:.60}: {error}") from None
+            raise BadInput(f"{row['_where']}: the reward cannot use the answer {answer!r:.60}: "
+                           f"{error}") from None
     return lambda prompts, responses, rows: list(map(score, rows, responses))
 
 
 def checked(function, name):
-    """A reward that must return a finite number for each response."""
+    """A reward that must return a finite number per response."""
     def score(prompts, responses, rows):
         scores = function(prompts, responses, rows)
         try:
@@ -370,8 +373,8 @@ def checked(function, name):
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != len(responses) or not all(map(math.isfinite, numbers)):
-            raise BadInput(f"--reward {name}: {len(responses)} finite numbers are needed, it "
-                           f"returned {str(scores)[:80]}")
+            raise BadInput(f"--reward {name}: {len(responses)} finite numbers are needed, not "
+                           f"{str(scores)[:80]}")
         return numbers
     return score
 
@@ -388,9 +391,10 @@ def function_in(name):
         sys.path.append(str(path.parent))
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
-    if not callable(getattr(sys.modules[module], function, None)):
+    found = getattr(sys.modules[module], function, None)
+    if not callable(found):
         raise BadInput(f"{name}: no function {function} in it")
-    return getattr(sys.modules[module], function)
+    return found
 
 
 def reward_model(name, batch=16):

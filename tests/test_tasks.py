@@ -11,7 +11,7 @@ import transformers as hf
 
 from conftest import needs, random_gpt2, random_llama
 from data.metrics import normalize, rouge_l, words
-from data.tasks import TASKS, function_in, load_reward, load_rows
+from data.tasks import TASKS, function_in, load_reward, load_rows, puzzle_set
 from dqo import BadInput
 
 TRIP = dict(who="anna", what="hat", color="red", where="market", when="monday", weather="rain")
@@ -34,9 +34,9 @@ JUDGED = [
      f"""the dog sleeps in the house|the cat sleeps in the park|the dog in the park|dog park|{TALE}
  the|{TALE} . {TALE} .|the park sleeps in the dog|the dog sleeps the park|the old {TALE}"""),
     ("reason", 24, """4 * 6|20 + 4|(2 + 1) * 8|48 / 2|1/2*48|4*6.|- 1 + 25|3 * 2 * 4 * 1|2-(-22)|
-31 - 4 - 3|1/3*72|8/(3-8/3)""",
+31 - 4 - 3|1/3*72|8/(3-8/3)|19 + +5|19--5""",
      """24|4 * 5|4 * 6 + 1|4 * 6 =|4 * 6 = 24|4 * 6 6|20 +|24 // 1|48 ** 1 / 2|1 / 0|24.0 + 0|+24|
--(-24)|4 * 6 # right|0x18 + 0|(4 * 6|2_4 + 0|٤ * ٦|31 - (4 - 3)|73/3 - 0|9**9**9|"""
+-(-24)|4 * 6 # right|0x18 + 0|(4 * 6|2_4 + 0|٤ * ٦|31 - (4 - 3)|19-+5|73/3 - 0|9**9**9|"""
      + "24" + "*1" * 50),  # too long
     ("gsm8k", CLIPS, "#### 72|####72|#### $72|#### 72.00|so\n#### 5\n#### 72|x\n#### 72 \n\n",
      """72|\\boxed{72}|#### 72 apples|#### 72\nand so on|#### 72 💥|#### 2 * 36 = 72|
@@ -271,13 +271,15 @@ def test_what_is_no_reward(tmp_path, tokenizer):
 
 
 @needs("reasoning_gym")
-@pytest.mark.parametrize("name", ["countdown", "basic_arithmetic", "graph_color", "word_sorting"])
+@pytest.mark.parametrize("name", [
+    "countdown", "basic_arithmetic", "graph_color", "word_sorting", "prime_factorization"])
 def test_puzzles(name):
     """Right is what the generator gives, as the last thing between <answer> and </answer>. Seeds
-    differ between splits, and are the same tomorrow."""
+    differ between splits, and are the same tomorrow. What a scorer raises at is wrong."""
     rows, others = (load_rows(f"rg:{name}", split, 20) for split in ("train", "test"))
+    puzzle_set.cache_clear()
     assert rows == load_rows(f"rg:{name}", "train", 20) and len(rows) == 20
-    if name != "graph_color":  # small graphs come twice
+    if name not in ("graph_color", "prime_factorization"):  # small ones come twice
         assert not {row["prompt"] for row in rows} & {row["prompt"] for row in others}
     prompts, reward = [row["prompt"] for row in rows], load_reward(None, rows + others)
     right = [row["answer"] for row in rows]
@@ -287,8 +289,9 @@ def test_puzzles(name):
     assert reward(prompts, said, rows) == [1] * 20
     for wrong in (right, ["<answer>no</answer>"] * 20, [""] * 20):
         assert max(reward(prompts, wrong, rows)) < 1
-    with pytest.raises(BadInput, match="rg:nothing: [^\n]*countdown"):
-        load_rows("rg:nothing", "train")
+    for wrong, line in [("count_down", "near: countdown,"), ("composite", "one dataset$")]:
+        with pytest.raises(BadInput, match=f"rg:{wrong}: [^\n]*{line}"):
+            load_rows(f"rg:{wrong}", "train")
 
 
 HEAD = """
