@@ -6,7 +6,7 @@ x it samples a group of k responses y_1 ... y_k, embeds them with a sentence enc
 rewards the volume that the embeddings span:
 
     J_k(theta) = E[ sum_i r(x, y_i) + alpha * log det(L + I) ] - k * beta * KL(pi || pi_ref)
-    L_ij       = <phi(y_i), phi(y_j)>           the cosines; every phi has length 1
+    L_ij       = <phi(y_i), phi(y_j)>           the cosines: phi has length 1, or 0 (no text)
 
 det L is the squared volume: 0 as soon as two responses are equal, 1 if all are orthogonal.
 + I keeps the logarithm finite. The gradient is that of REINFORCE:
@@ -21,16 +21,16 @@ responses, two of them equal, the third orthogonal to both:
     L = [1 1 0]    g = log 6/4, log 6/4, log 6/3 = 0.41, 0.41, 0.69
         [0 0 1]
 
-Why not pay everybody v = log det(L + I)? y_i is independent of the others and E[grad log pi] is 0,
-so E[grad log pi(y_i) * log det(L_{-i} + I)] is 0: that part of v is noise. And a number that is
-equal for the whole group vanishes when the group's mean is subtracted.
+Why not pay everybody log det(L + I)? y_i is independent of the others, and E[grad log pi] is 0, so
+E[grad log pi(y_i) * log det(L_{-i} + I)] is 0: paying for that part adds noise alone. Besides, what
+is equal for the whole group vanishes when its mean is subtracted.
 
 If you know GRPO, one thing is DQO: alpha * g_i is added to the reward. Three more are merely good
 practice: the KL penalty is in the reward, not in the loss; advantages are not divided by the
-group's standard deviation, and the loss not by lengths, but by a constant (as in Dr. GRPO).
+group's standard deviation; the loss is divided by a constant, not by lengths (as in Dr. GRPO).
 
-dqo_step does it all in order, and update below it moves the weights: read so far, and you have read
-DQO. The machinery follows: sample, embed, token_logps.
+`dqo_step` does it all in order, and calls `update` to move the weights. Read to its end, and you
+have read DQO. The machinery follows: sample, embed, token_logps.
 
 Shapes: P prompts, k responses each; N prompt tokens, T response tokens, V vocabulary, D
 embedding width.
@@ -58,7 +58,7 @@ def gram(phi):
 
 
 def log_det(L):
-    """Diversity of a group, log det(L + I): (..., k, k) -> (...,).
+    """The diversity of a group, log det(L + I): (..., k, k) -> (...,).
 
     Of unit vectors: log(1 + k) if all are equal, up to k * log 2 if all are orthogonal.
     """
@@ -86,27 +86,28 @@ def plus_identity(L):
 def advantages(returns, baseline="mean"):
     """Returns minus a baseline from the prompt's own group: (P, k, T) -> (P, k, T).
 
-    returns:  [..., t] is paid from token t on, so that [..., 0] is for the whole response
+    returns:  [..., t] is the sum of what is paid at token t and later
 
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean, with lower variance. As it depends on y_i too, that is exactly the
           gradient of J_{k-1} (below). At k = 2 that is J_1, where dqo pays no diversity
-    std   also divided by the group's standard deviation, as in GRPO. That is the gradient of
-          nothing, and blows up tiny gains where all qualities are equal
+    std   also divided by the group's standard deviation, as in GRPO. That is not the
+          gradient of J, and blows up tiny gains where all qualities are equal
 
     Why k - 1? Let s_i = grad log pi(y_i), v = log det(L + I), and v_{-j} the same without response
     j, so that g_j = v - v_{-j}.
     (a)  E[s_i b] = 0 for any b that does not depend on y_i, such as v_{-i}
-    (b)  hence E[sum_i s_i g_i] = E[sum_i s_i v]
-    (c)  mean_j g_j = v - mean_j v_{-j}
-    In (b) take (c) off g_i: the v cancel, and mean_j E[sum_i s_i v_{-j}] is left. By (a) its i = j
-    drop out: the gradient of E[v of k - 1 responses]. tests/test_gradient.py enumerates.
+    (b)  g_i - mean_j g_j = mean_j v_{-j} - v_{-i}, as v cancels
+    In E[sum_i s_i (g_i - mean_j g_j)] v_{-i} drops out by (a), and so do the terms of mean_j v_{-j}
+    with i = j. What is left is the gradient of E[v of k - 1 responses]. r and the KL penalty go the
+    same way. tests/test_gradient.py enumerates.
     """
     if baseline == "none":
         return returns
     centred = returns - returns.mean(dim=1, keepdim=True)
-    divisor = dict(mean=1, std=returns[..., :1].std(dim=1, keepdim=True) + 1e-4)
-    return centred / divisor[baseline]
+    if baseline == "std":
+        centred = centred / (returns[..., :1].std(dim=1, keepdim=True) + 1e-4)
+    return centred
 
 
 # ---- the loss
@@ -115,11 +116,11 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
 
     logp:      log pi of each token, with gradient
     mask:      the tokens of the responses, bool
-    old_logp:  logp before the update, for the clipped ratio of PPO and GRPO. In the first epoch
-               the ratio is 1, and its gradient grad log pi: plain REINFORCE
+    old_logp:  logp before the update, for the clipped ratio of PPO and GRPO. With one epoch the
+               ratio is always 1, and its gradient grad log pi: plain REINFORCE
 
-    We divide by P * k * max_new_tokens, a constant. Each response's own length would favour the
-    tokens of short ones; the number of tokens at hand would depend on the micro-batches.
+    We divide by P * k * max_new_tokens, a constant. A response's own length would favour tokens of
+    short ones; the number of tokens at hand would depend on the micro-batches.
 
     WARNING  The value says nothing about progress, as advantages are centred.
     """
@@ -131,9 +132,9 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
 
 
 # ---- the objectives
-# An objective returns the shaped reward, what each response is paid, the KL penalty aside: (P, k),
-# or (P, k, T), summed from token t on. It gets r as quality (P, k), L (P, k, k), both on the CPU,
-# the Rollout, and alpha. Another kernel is computed in it, from L or rollout.texts.
+# An objective returns what each response is paid, before the KL penalty: (P, k), or (P, k, T) as in
+# `advantages`. It gets r as quality (P, k), L (P, k, k), both on the CPU, the Rollout, and alpha.
+# Another kernel is computed in it, from L or rollout.texts.
 def grpo(quality, L, rollout, alpha=0.0):
     """Quality alone, to compare with. With baseline mean and beta 0 it is Dr. GRPO."""
     return quality
@@ -157,7 +158,7 @@ def dqo_quality(quality, L, rollout, alpha=3.0):
     return quality + alpha * marginal_gains(root[..., :, None] * L * root[..., None, :])
 
 
-OBJECTIVES = dict(grpo=grpo, dqo=dqo, dqo_quality=dqo_quality)
+OBJECTIVES = dict(grpo=grpo, dqo=dqo, dqo_quality=dqo_quality)  # train.py adds those of files
 
 
 @dataclass
@@ -186,10 +187,10 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     encoder:    anything with sentence-transformers' `.encode(list of str)`
     reward:     function(prompts, responses, rows) -> P * k numbers
     rows:       P dicts with "prompt" and whatever the reward needs
-    reference:  the frozen starting model, with beta > 0
+    reference:  the frozen starting model, needed unless beta is 0
     known:      a dict of embeddings, kept from step to step
 
-    A number that is not finite raises FloatingPointError before the optimizer would use it.
+    A number that is not finite raises FloatingPointError before the optimizer uses it.
     """
     P, k = len(rows), config.k
 
@@ -197,7 +198,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     ids = [prompt_ids(tokenizer, row["prompt"], config.template) for row in rows]
     rollout = sample(model, tokenizer, ids, k, config.max_new_tokens, config.temperature)
 
-    # 2. Judge each answer, thoughts cut off: the only place where the task comes in.
+    # 2. Judge each answer, without its <think>: the only place where the task comes in.
     each = [row for row in rows for _ in range(k)]  # the row of each response
     scores = reward([row["prompt"] for row in each], rollout.texts, each)
     quality = torch.tensor(scores, dtype=torch.float64).view(P, k)
@@ -208,11 +209,11 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     shaped = OBJECTIVES[config.objective](quality, L, rollout, **strength)
     shaped = shaped.cpu().view(P, k, -1)  # (P, k, 1), or (P, k, T)
 
-    # 4. The KL penalty is part of the reward: E[grad log pi * log(pi/pi_ref)], the ratio detached,
-    # is the gradient of KL(pi || pi_ref). Token t pays for the log-ratios from t on: those before
-    # do not depend on it, dropping them takes away noise alone.
+    # 4. The KL penalty is part of the reward: E[grad log pi * log(pi/pi_ref)] is the gradient of
+    # KL(pi || pi_ref). Token t pays for the log-ratios from t on. The earlier ones do not depend on
+    # it, and would add noise alone.
     # WARNING  GRPO's estimator in the loss, k3, follows KL(pi_ref || pi), the other direction.
-    log_ratio = torch.zeros(P, k, 1)  # with T = 1 it broadcasts over tokens
+    log_ratio = torch.zeros(P, k, 1)  # the same for all tokens
     if config.beta > 0:
         log_ratio = (rollout.logp - logps_of(reference, rollout, config)).cpu()  # (P, k, T)
     penalty = config.beta * log_ratio.flip(-1).cumsum(-1).flip(-1)
@@ -230,7 +231,7 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
     # 6. Move the weights of the model.
     norm, mismatch = update(model, optimizer, rollout, advantage.to(model.device), config)
     metrics = measure(rollout, quality, L, shaped, penalty, log_ratio)
-    columns = quality, marginal_gains(L), advantage[..., 0]  # each (P, k)
+    columns = quality, marginal_gains(L), advantage[..., 0]  # (P, k) each; gains of the plain L
     numbers = zip(*(x.flatten().tolist() for x in columns))
     samples = [dict(prompt=row["prompt"], response=text, quality=q, gain=g, advantage=a)
                for row, text, (q, g, a) in zip(each, rollout.whole, numbers)]
@@ -238,8 +239,8 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
 
 def update(model, optimizer, rollout, advantage, config):
-    """Optimizer steps on one rollout, one per epoch. Returns the norm of the last gradient, and how
-    far token_logps is from sample: rounding, or a bug."""
+    """Optimizer steps on one rollout, one per epoch. Returns the norm of the last gradient, and the
+    mean distance of log pi as scored from log pi as drawn: rounding, or a bug."""
     model.train()  # gradient checkpointing needs it; dropout is 0
     old_logp = torch.zeros_like(rollout.logp)
     for epoch in range(config.epochs):
@@ -262,6 +263,7 @@ def update(model, optimizer, rollout, advantage, config):
     return norm, (old_logp - rollout.logp).abs().sum() / rollout.mask.sum()
 
 
+# ==== machinery
 def micro_batches(rollout, size):
     """Yields (where, part); tensor[where] is what belongs to part of a (P, k, T) tensor. A part is
     `size` responses at most: whole groups (each prompt runs once), or a piece of one too large.
@@ -286,7 +288,6 @@ def logps_of(model, rollout, config):
     return logp
 
 
-# ==== the machinery
 @dataclass
 class Rollout:
     """What `sample` drew. One row, with N = 3, T = 4, end token 2:
@@ -316,7 +317,7 @@ class Rollout:
 
 
 def measure(rollout, quality, L, shaped, penalty, log_ratio):
-    """Means over a step, for the log; volume and gain are of the plain L."""
+    """Means over a step, for the log."""
     def spread(x):  # how much a term decides: its standard deviation within a group
         return x.std(1, correction=0).mean().item()
 
@@ -368,7 +369,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
             response[alive, t] = token[:, 0]
             seen[alive, N + t] = 1
             logp[alive, t] = log_probs.gather(1, token)[:, 0]
-            # WARNING  Never find the end by the pad id: it is often the same id.
+            # WARNING  Never find the end by the pad id: it often is the end's id.
             goes_on = ~torch.isin(token[:, 0], end)  # (R,)
             if t == T - 1 or not goes_on.any():
                 break
@@ -469,7 +470,7 @@ def token_logps(model, rollout, temperature=1.0):
     row = torch.arange(P, device=target.device).repeat_interleave(k)  # the prompt of each
     seen = torch.cat([prompt_mask[row], mask[:, :-1]], dim=1)  # (P * k, N + T - 1)
     with precision(model):
-        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some layers ignore a mask of 1
+        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some ignore masks of length 1
             _, cache = forward(model, prompt[:, :-1], prompt_mask[:, :-1], last=1)
             index_rows(cache, row)
             tokens = torch.cat([prompt[row, -1:], target[:, :-1]], dim=1)  # (P * k, T)
@@ -517,8 +518,8 @@ def cache_has_gradient(model):
 def prompt_ids(tokenizer, prompt, template=None):
     """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
 
-    Text goes through the chat template if there is one, unless it begins with the start token, so
-    is rendered already. Templates write that token; tokenizing their text would add another.
+    Text goes through the chat template if there is one, unless it begins with the start token: it
+    is rendered. They write that token; tokenizing their text would add another.
     """
     rendered = isinstance(prompt, str) and prompt.startswith(tokenizer.bos_token or "\0")
     if rendered or (isinstance(prompt, str) and not tokenizer.chat_template):
@@ -598,8 +599,8 @@ def freeze(model):
 
 
 def dither(model):
-    """Moves weights at random within what bf16 rounds to the same number. Published ones are such
-    numbers, and small steps would be rounded away."""
+    """Moves weights at random within what bf16 rounds to the same number: published ones are such
+    numbers, from which small steps round to nothing."""
     for weight in model.parameters():
         mantissa = torch.frexp(weight.data).mantissa.abs().clamp(min=0.5)
         weight.data *= 1 + (torch.rand_like(weight) - 0.5) / (256 * mantissa)

@@ -186,7 +186,7 @@ class Common:
     """Flags of train.py, too."""
 
     data: str = "instruct,summarize,story,reason"  # tasks, files, or data sets of the hub
-    reward: str | None = None       # a task's, hf:MODEL, file.py:function, none [the task's own]
+    reward: str | None = None       # a task's, hf:MODEL, file.py:function, none (eval.py) [its own]
     threshold: float | None = None  # quality of what is correct [the task's]; --threshold=-1e-3
     encoder: str = dqo.MINILM       # a sentence-transformers model
     bf16: bool | None = None        # multiply in bf16, or --no-bf16 [where that is fast]

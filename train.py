@@ -93,9 +93,9 @@ def default_alpha(name):
         where = name if ":" in name else f"{RESULTS}/rivals.py:{name}"
         try:
             dqo.OBJECTIVES[name] = function_in(where)
-        except BadInput as error:
-            raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}, and as "
-                           f"file.py:function {error}") from None
+        except BadInput:
+            raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}, of data/"
+                           "results/rivals.py, and no file.py:function") from None
     alpha = inspect.signature(dqo.OBJECTIVES[name]).parameters.get("alpha")
     if not isinstance(getattr(alpha, "default", None), (int, float)):
         raise BadInput(f"--objective {name}: it needs a parameter alpha=NUMBER")
@@ -297,15 +297,16 @@ def conclude(out, options, policy, reference, encoder, reward, rows):
     print(eval.table(test, SUMMARY))
     if is_default:
         hard += measured("this run", policy, load_rows(options.data, "hard", 32), n=32)
-        print("\nHARD prompts, rare in training" + eval.table(hard, ("pass@1", "pass@16")))
+        print("\nHARD prompts, rare in training" + eval.table(hard, (*SUMMARY, "pass@16")))
         print(f"\n{groups[0][0]['prompt']!r} (* wrong)")
         for name, group in groupby(known["answers"] + groups[0][:8], lambda x: x["model"]):
             marked = (x["response"] + "*" * (x["quality"] < 1) for x in group)
             print(f"{name:>20}  {', '.join(marked)}")
     eval.plot(test, out / "run.png", hard)
     print(f"""
-The model is in {out}, the picture in {out}/run.png. Next, another --objective, as grpo;
-with --data and --reward as here: python eval.py {options.model} {out} OTHER""")
+The model is in {out}, the picture in {out}/run.png. To compare, on the same --data:
+    python train.py --objective grpo
+    python eval.py {options.model} {out} runs/grpo""")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python data/make_tiny.py     # rebuilds what is here; ten minutes on one core
 
 RL can only sharpen what the base model does now and then. So it is **diverse and half right**:
-every prompt of its corpus has many right answers, some far more popular than others (Zipf), and
-30-50 % are wrong as those of real models. Test prompts are new combinations of known parts, hard
-ones of rare categories and targets.
+prompts of its corpus have many right answers, some far more popular (Zipf), and 30-50 % are wrong
+as those of real models. Test prompts combine known parts anew, hard ones rare parts.
 """
 
 import json

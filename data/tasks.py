@@ -343,7 +343,7 @@ def load_reward(name, rows):
     None, each row's own task. Tries the answers of the rows."""
     if name and name.startswith("hf:"):
         return loaded("--reward", reward_model, name)
-    if name and ".py:" in name:
+    if name and ".py" in name:
         return checked(function_in(name), name)
 
     def score(row, response):
@@ -352,7 +352,7 @@ def load_reward(name, rows):
     for row in rows:
         task, answer = name or row["_task"], row.get("answer")
         if task_of(task).reward is None:
-            raise BadInput(f"--reward: {task} has none; give {', '.join(TASKS)}, hf:MODEL, or "
+            raise BadInput(f"--reward: not one of {task}; give {', '.join(TASKS)}, hf:MODEL, or "
                            "file.py:function")
         try:
             if answer in (None, ""):
@@ -385,7 +385,7 @@ def function_in(name):
     path = Path(path).expanduser().resolve()
     module = f"own {path}"  # the file may be called random.py
     if not path.is_file():
-        raise BadInput(f"{name}: no such Python file")
+        raise BadInput(f"{name}: no such file.py:function")
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, path)
         sys.path.append(str(path.parent))

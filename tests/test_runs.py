@@ -372,5 +372,6 @@ def test_what_was_measured_is_kept(second, script, end, responses, capsys):
     assert [x["model"] for x in json.loads(Path("x.json").read_text())] == ["data/tiny"]
     assert len(lines("s.jsonl")) == responses
     assert "mean tokens" in capsys.readouterr().out
-    assert command(f"{EVAL} data/tiny --reward none --json y.json --plot y.png") == 0
+    assert command(f"{EVAL} data/tiny --reward none --json y.json --samples y --plot y.png") == 0
     assert "quality" not in json.loads(Path("y.json").read_text())[0]
+    assert lines("y")[0]["response"] and lines("y")[0]["quality"] is None
