@@ -23,7 +23,7 @@ squares, k log 2 - sum_{i<j} L_ij^2 / 4 + ...: a somewhat similar answer costs l
 three answers in the plane at 0, 60 and 120 degrees: pairwise 1/2, 0, 1/2; the others 1/3 each.
 
 NOTE  This re-creates the geometry of the paper's city experiment, not the experiment, in which a
-language model is trained: cities, sentences and encoder are ours.
+language model is trained.
 """
 
 import csv

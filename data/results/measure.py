@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 import dqo
 import eval
-from data.metrics import effective_diversity, vendi
+from data.metrics import effective_diversity
 from data.tasks import load_reward, load_rows
 from tables import RUNS, SEEDS
 
@@ -64,19 +64,16 @@ def as_different(encoder, second, groups):
 
 
 def add_second(results, groups, second, same):
-    """The semantic metrics by the second encoder. groups: what `evaluate` kept, a list of
+    """Effective diversity by the second encoder. groups: what `evaluate` kept, a list of
     responses per prompt, in the order of the results' tasks."""
     by_task = itertools.groupby(groups, lambda group: group[0]["task"])
     for result, (task, groups) in zip(results, by_task, strict=True):
         assert result["task"] == task
         found = []
         for group in groups:
-            L, n = cosines(second, group), len(group)
             correct = [x["quality"] >= result["threshold"] - 1e-6 for x in group]
-            found.append(dict(
-                second_effective_diversity=effective_diversity(correct, L, same),
-                second_cosine_distance=(1 - L).triu(1).sum().item() * 2 / (n * (n - 1)),
-                second_vendi=vendi(L), second_log_det=dqo.log_det(L).item()))
+            found.append(dict(second_effective_diversity=effective_diversity(
+                correct, cosines(second, group), same)))
         result.update(eval.over(found, torch.mean))
         result["se"].update(eval.over(found, eval.standard_error))
 

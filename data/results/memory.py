@@ -1,24 +1,24 @@
-"""What a response of 512 tokens, 256 of them the prompt's, adds to the peak of a backward pass.
+"""GB that a response of 512 tokens, 256 of them the prompt's, adds to the peak of a backward pass.
 
-    python data/results/memory.py > data/results/memory.csv    # Linux, CPU
+    python data/results/memory.py > data/results/memory.csv    # on a CPU
 """
 
 import itertools
-import multiprocessing
+import os
+import resource
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from multiprocessing import get_context
 
+import bench
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
-import bench
+sys.path.insert(0, str(bench.ROOT))
 import dqo
 
 
-def added(shape, bf16, lora, checkpointed):
-    """GB per response, from two and six of them in a process of its own."""
+def added(case):
+    """From two and six responses, in a process of its own."""
+    shape, bf16, lora, checkpointed = case
     model, _ = bench.make_model(shape, bool(bf16))
     if checkpointed:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -31,12 +31,14 @@ def added(shape, bf16, lora, checkpointed):
         rollout = dqo.Rollout(tokens[0, :1], tokens[0, :1], tokens, tokens > 0, tokens * 0.0,
                               [], [], None)
         dqo.token_logps(model, rollout).sum().backward()
-        peak[k] = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        peak[k] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak[6] - peak[2]) / 4 / 2 ** 20
 
 
 if __name__ == "__main__":
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system
+    cases = [*itertools.product(bench.SHAPES, (0, 1), (0, 1), (0, 1))]
     print("shape,bf16,lora,checkpointed,gb_per_response")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as one:
-        for case in itertools.product(bench.SHAPES, (0, 1), (0, 1), (0, 1)):
-            print(*case, f"{one.submit(added, *case).result():.2f}", sep=",", flush=True)
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for case, gb in zip(cases, pool.imap(added, cases)):
+            print(*case, f"{gb:.2f}", sep=",", flush=True)

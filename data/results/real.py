@@ -9,14 +9,13 @@
 
 The CSVs beside this file grow as the runs come in: real.csv; real_training.csv, every 5 steps;
 real_samples.csv, answers to the first three test prompts; real_pass.csv, pass@n with its standard
-error over the prompts; real_novelty.csv. The metrics are eval.py's; the second encoder is the
-mean of the word vectors of the model before training.
+error over the prompts; real_novelty.csv. The second encoder is the mean of the word vectors of the
+model before training.
 """
 
 import csv
 import itertools
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -104,8 +103,6 @@ def trained(name):
                      "--objective", objective, "--seed", seed[1:]]
             flags += ["--alpha", *alpha] if alpha else []
         subprocess.run([sys.executable, HERE.parent.parent / "train.py", *flags], check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
-        (folder / "memory_gb").write_text(f"{peak:.2f}")
     return folder
 
 
@@ -132,7 +129,7 @@ def run(name):
     folder = BASE if is_base else trained(name)
     base, encoder = dqo.load_model(BASE), dqo.load_encoder()
     policy, second = base if is_base else dqo.load_model(str(folder)), word_vectors(*base)
-    about, rows, passed, samples = dict(seconds="", memory_gb=""), [], [], []
+    seconds, rows, passed, samples = "", [], [], []
     more = [("letters", "test")] if task == "categories" else []
     for part, split in [(task, "test"), (task, "train"), *more]:
         data, n, longest = TASKS[part]
@@ -156,13 +153,12 @@ def run(name):
                         for group in groups[:3] for x in group[:8]]
     if not is_base:
         steps = history(folder)
-        about = dict(seconds=round(sum(step["step_s"] for step in steps)),
-                     memory_gb=(folder / "memory_gb").read_text())
+        seconds = round(sum(step["step_s"] for step in steps))
         add("real_training.csv", [dict(run=name, **means) for means in over_steps(
             [{c: step[c] for c in CURVES} for step in steps], 5)])
     add("real_pass.csv", passed)
     add("real_samples.csv", samples)
-    add("real.csv", [dict(row, **about) for row in rows])  # last: real.sh looks for it
+    add("real.csv", [dict(row, seconds=seconds) for row in rows])  # last: real.sh looks for it
     for checkpoint in Path(folder).glob("step-*"):
         shutil.rmtree(checkpoint)
 

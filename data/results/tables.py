@@ -46,8 +46,7 @@ FREE = {"objective", "alpha", "out", "resume", "inputs", "torch", "save_every", 
 COLUMNS = (
     "quality", *(f"pass_at_{n}" for n in (1, 2, 4, 8, 16, 32)), "distinct_correct",
     "effective_diversity", "utility", "distinct_4", "self_bleu_diversity", "self_rouge_diversity",
-    "cosine_distance", "vendi", "log_det", "second_effective_diversity", "second_cosine_distance",
-    "second_vendi", "second_log_det", "mean_tokens")
+    "cosine_distance", "vendi", "log_det", "second_effective_diversity", "mean_tokens")
 
 
 # ---- from the runs
