@@ -118,8 +118,8 @@ def plot(results, path, hard=None):
         mean, _ = list(tasks.values())[-1]
         best = mean.get("pass_at") or mean.get("max_at") or {}
         curve.plot(list(best), list(best.values()), "o-")
-    plane.set(xlabel=x, ylabel=y, title="quality and diversity, with standard errors")
-    curve.set(xlabel="n", ylabel="quality", title="the best of n" + " (hard prompts)" * bool(hard))
+    plane.set(xlabel=x.replace("_", " "), ylabel=y, title="means, with standard errors")
+    curve.set(xlabel="n", ylabel="best quality", title="best of n" + " (hard prompts)" * bool(hard))
     plane.legend()
     figure.savefig(path)
 

@@ -101,6 +101,7 @@ BAD = [  # a command, and what its message must say
     (f"{TRAIN} --reward maths", "maths", "gsm8k", "file.py:function"),
     (f"{TRAIN} --reward hf:no/such", "hf:no/such"),
     (f"{TRAIN} --reward lacks.py:score", "lacks.py", "no function score"),
+    (f"{TRAIN} --reward lacks.py", "lacks.py: no such file.py:function"),
     (f"{TRAIN} --objective ppo", "ppo", "dqo_quality", "rivals", "file.py:function"),
     (f"{TRAIN} --objective none.py:shaped", "none.py:shaped"),
     # values

@@ -187,10 +187,19 @@ def test_bf16():
 
 def test_the_benchmark():
     rows = read("bench.csv")
-    table = RESULTS.split("| prompts |")[1].splitlines()[2:6]
+    table = RESULTS.split("| prompts |")[1].split("\n\n")[0].splitlines()[2:]
     for ours, trl, shown in zip(rows[::2], rows[1::2], table, strict=True):
         wanted = [float(ours["s"]), float(trl["s"]), float(trl["times_ours"]), float(ours["gb"])]
         assert numbers(" ".join(cells(shown)[2:6])) == pytest.approx(wanted, abs=0.051)
+
+
+def test_memory():
+    """Of a response in the backward pass, float32 and bf16, without and with checkpointing."""
+    for shape, name in (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-0.5B")):
+        rows = [x for x in read("memory.csv") if (x["shape"], x["lora"]) == (shape, "0")]
+        rows.sort(key=lambda x: x["checkpointed"])
+        shown = numbers(" ".join(rows_of(DATA, "computed, GB")[name][-2:]))
+        assert shown == [float(x["gb_per_response"]) for x in rows]
 
 
 def test_cities():
