@@ -25,12 +25,12 @@ Why not pay everybody log det(L + I)? y_i is independent of the others, and E[gr
 E[grad log pi(y_i) * log det(L_{-i} + I)] is 0: paying for that part adds noise alone. Besides, what
 is equal for the whole group vanishes when its mean is subtracted.
 
-If you know GRPO, one thing is DQO: alpha * g_i is added to the reward. Three more are merely good
+From GRPO to DQO is one step: alpha * g_i joins the reward. Three more changes are merely good
 practice: the KL penalty is in the reward, not in the loss; advantages are not divided by the
 group's standard deviation; the loss is divided by a constant, not by lengths (as in Dr. GRPO).
 
-`dqo_step` does it all in order, and calls `update` to move the weights. Read to its end, and you
-have read DQO. The machinery follows: sample, embed, token_logps.
+`dqo_step` does it all in order, and calls `update` to move the weights. Read both, and you have
+read DQO. The machinery follows: sample, embed, token_logps.
 
 Shapes: P prompts, k responses each; N prompt tokens, T response tokens, V vocabulary, D
 embedding width.
@@ -91,16 +91,16 @@ def advantages(returns, baseline="mean"):
     none  nothing is subtracted: the exact gradient of J_k, with high variance
     mean  the group's mean, with lower variance. As it depends on y_i too, that is exactly the
           gradient of J_{k-1} (below). At k = 2 that is J_1, where dqo pays no diversity
-    std   also divided by the group's standard deviation, as in GRPO. That is not the
-          gradient of J, and blows up tiny gains where all qualities are equal
+    std   also divided by the standard deviation of the totals, [..., 0], as in GRPO. That is not
+          the gradient of J, and blows up tiny gains where all qualities are equal
 
     Why k - 1? Let s_i = grad log pi(y_i), v = log det(L + I), and v_{-j} the same without response
     j, so that g_j = v - v_{-j}.
     (a)  E[s_i b] = 0 for any b that does not depend on y_i, such as v_{-i}
     (b)  g_i - mean_j g_j = mean_j v_{-j} - v_{-i}, as v cancels
-    In E[sum_i s_i (g_i - mean_j g_j)] v_{-i} drops out by (a), and so do the terms of mean_j v_{-j}
-    with i = j. What is left is the gradient of E[v of k - 1 responses]. r and the KL penalty go the
-    same way. tests/test_gradient.py enumerates.
+    By (a) E[sum_i s_i (g_i - mean_j g_j)] loses v_{-i} and, of mean_j v_{-j}, the terms i = j. What
+    is left is the mean over j of grad E[v_{-j}]: that of k - 1 responses. Of k times r and KL, too,
+    k - 1 are left. tests/test_gradient.py enumerates all groups.
     """
     if baseline == "none":
         return returns
@@ -122,7 +122,7 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
     We divide by P * k * max_new_tokens, a constant. A response's own length would favour tokens of
     short ones; the number of tokens at hand would depend on the micro-batches.
 
-    WARNING  The value says nothing about progress, as advantages are centred.
+    WARNING  The value of such a loss says nothing about progress.
     """
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -132,8 +132,8 @@ def policy_loss(logp, advantage, mask, max_new_tokens, old_logp, clip=0.2):
 
 
 # ---- the objectives
-# An objective returns what each response is paid, before the KL penalty: (P, k), or (P, k, T) as in
-# `advantages`. It gets r as quality (P, k), L (P, k, k), both on the CPU, the Rollout, and alpha.
+# An objective returns what each response is paid, before the KL penalty: (P, k), or sums from token
+# t on, (P, k, T). It gets r as quality (P, k), L (P, k, k), both on the CPU, the Rollout, alpha.
 # Another kernel is computed in it, from L or rollout.texts.
 def grpo(quality, L, rollout, alpha=0.0):
     """Quality alone, to compare with. With baseline mean and beta 0 it is Dr. GRPO."""
@@ -239,9 +239,9 @@ def dqo_step(model, tokenizer, encoder, reward, optimizer, rows, config, referen
 
 
 def update(model, optimizer, rollout, advantage, config):
-    """Optimizer steps on one rollout, one per epoch. Returns the norm of the last gradient, and the
-    mean distance of log pi as scored from log pi as drawn: rounding, or a bug."""
-    model.train()  # gradient checkpointing needs it; dropout is 0
+    """Optimizer steps on one rollout, one per epoch. Returns the last gradient's norm, and the mean
+    |log pi as scored - log pi as drawn|: rounding, or a bug."""
+    model.train()  # gradient checkpointing needs it; load_model has set dropout to 0
     old_logp = torch.zeros_like(rollout.logp)
     for epoch in range(config.epochs):
         optimizer.zero_grad()
@@ -363,7 +363,7 @@ def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
         alive = torch.arange(B, device=model.device)  # rows that have not ended, as [0 2 5]
         for t in range(T):
             log_probs = log_softmax(logits[:, -1], temperature)  # (R, V), R rows alive
-            # always for B rows: those that have ended do not shift the draws of the others
+            # u for all B rows: one that has ended does not shift the draws of others
             u = torch.rand(B, dtype=torch.float64, device=model.device)[alive]  # (R,)
             token = draw(log_probs, u) if temperature else log_probs.argmax(1, keepdim=True)
             response[alive, t] = token[:, 0]
@@ -470,7 +470,7 @@ def token_logps(model, rollout, temperature=1.0):
     row = torch.arange(P, device=target.device).repeat_interleave(k)  # the prompt of each
     seen = torch.cat([prompt_mask[row], mask[:, :-1]], dim=1)  # (P * k, N + T - 1)
     with precision(model):
-        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some ignore masks of length 1
+        if prompt.shape[1] > 2 and cache_has_gradient(model):  # some drop masks of width 1
             _, cache = forward(model, prompt[:, :-1], prompt_mask[:, :-1], last=1)
             index_rows(cache, row)
             tokens = torch.cat([prompt[row, -1:], target[:, :-1]], dim=1)  # (P * k, T)
@@ -509,8 +509,8 @@ class PickedLogProbs(torch.autograd.Function):
 
 
 def cache_has_gradient(model):
-    """Whether gradients flow through its KV cache. Not if checkpointed, there is none then, or
-    recurrent, a state is overwritten."""
+    """Whether gradients flow through its KV cache. A checkpointed model has none, a recurrent one
+    overwrites it."""
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return not (checkpointed or getattr(model, "_is_stateful", False))
 
@@ -518,8 +518,8 @@ def cache_has_gradient(model):
 def prompt_ids(tokenizer, prompt, template=None):
     """Token ids of a prompt: a text, or chat messages; a final assistant message is continued.
 
-    Text goes through the chat template if there is one, unless it begins with the start token: it
-    is rendered. They write that token; tokenizing their text would add another.
+    Text goes through the chat template, if there is one, unless it begins with the start token:
+    then it is rendered already, and gets no second start token.
     """
     rendered = isinstance(prompt, str) and prompt.startswith(tokenizer.bos_token or "\0")
     if rendered or (isinstance(prompt, str) and not tokenizer.chat_template):
@@ -537,8 +537,8 @@ def prompt_ids(tokenizer, prompt, template=None):
 def read(tokenizer, prompts, responses):
     """Token ids, k responses a prompt, become texts: (answers, the same with thoughts).
 
-    The answer is what follows the last </think>, or "" if a thought was begun, by the model or its
-    template, not closed.
+    The answer is what follows the last </think>, or "" if a thought, begun by model or template, is
+    still open.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and "think>" not in token.content}
@@ -564,8 +564,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 def load_model(name, bf16=None, frozen=False):
     """(model, tokenizer) of a folder or hub id, a causal language model: in float32, and without
-    dropout, as the policy that is scored must be the one that sampled. bf16: None, where it is fast
-    """
+    dropout, as the policy that is scored must be the one that sampled. bf16=None: if it is fast"""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None):
@@ -590,7 +589,7 @@ def load_model(name, bf16=None, frozen=False):
 
 
 def freeze(model):
-    """No gradients; what bf16 products would cast is kept in bf16: half the memory."""
+    """No gradients; weights that bf16 products cast anyway are kept in bf16: half the memory."""
     table = model.get_input_embeddings().weight  # looked up, not multiplied
     for layer in model.modules():
         if model.bf16 and isinstance(layer, torch.nn.Linear) and layer.weight is not table:
@@ -599,8 +598,8 @@ def freeze(model):
 
 
 def dither(model):
-    """Moves weights at random within what bf16 rounds to the same number: published ones are such
-    numbers, from which small steps round to nothing."""
+    """Moves weights at random, within what bf16 rounds to the same number. Published ones are such
+    numbers, and bf16 products would not see small steps from there. train.py begins with it."""
     for weight in model.parameters():
         mantissa = torch.frexp(weight.data).mantissa.abs().clamp(min=0.5)
         weight.data *= 1 + (torch.rand_like(weight) - 0.5) / (256 * mantissa)
