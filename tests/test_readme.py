@@ -186,11 +186,13 @@ def test_bf16():
 
 
 def test_the_benchmark():
-    rows = read("bench.csv")
+    rows = [row for row in read("bench.csv") if "sample" not in row["case"]]
     table = RESULTS.split("| prompts |")[1].split("\n\n")[0].splitlines()[2:]
     for ours, trl, shown in zip(rows[::2], rows[1::2], table, strict=True):
         wanted = [float(ours["s"]), float(trl["s"]), float(trl["times_ours"]), float(ours["gb"])]
         assert numbers(" ".join(cells(shown)[2:6])) == pytest.approx(wanted, abs=0.051)
+    for row in read("bench.csv")[len(rows):]:
+        assert f"{float(row['s']):.1f} s" in RESULTS
 
 
 def test_memory():

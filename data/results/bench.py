@@ -219,7 +219,7 @@ def main():
     print("case,side,s,gb,tokens,least_s,times_ours")
     if o.part == "trl":
         steps(o, "smollm2", 130, P=4)
-        steps(o, "smollm2", 512, P=2, theirs=8)
+        steps(o, "smollm2", 512, P=1, theirs=8)
     if o.part == "sample":
         for bf16, end in itertools.product((False, True), (-1e4, 3.8)):
             sample(o, "smollm2", bf16, end)
