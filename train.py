@@ -1,13 +1,13 @@
 """Train a language model with DQO, or with another objective.
 
-    python train.py                       # the tiny model on four small tasks, CPU
+    python train.py                       # the tiny model on four small tasks
     python train.py --objective grpo      # the same without diversity, to compare
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k
     python train.py --model MODEL --data my.jsonl --reward my.py:score --lora 16
     python train.py --resume runs/dqo     # after a crash or Ctrl-C
 
 A step is `dqo.dqo_step`. A run folder is a transformers model, with run.json, the flags;
-metrics.jsonl, a line per step; samples.jsonl, every response: read it; step-N, to resume.
+metrics.jsonl, a line per step; samples.jsonl, every response; step-N, to resume.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class Options(eval.Common, dqo.Config):
     steps: int | None = None        # [tiny: 480, else one pass over the data, at most 1000]
     prompts: int = 8                # per step
     save_every: int = 100           # steps between checkpoints
-    out: str | None = None          # the run folder [runs/OBJECTIVE, or the next free one]
+    out: str | None = None          # the run folder [runs/OBJECTIVE, or the next free]
     resume: str | None = None       # a run folder to go on with; flags beside it are changed
 
 
@@ -88,14 +88,15 @@ def parse():
 
 
 def default_alpha(name):
-    """The default strength of an objective, which dqo_step then knows by its name."""
+    """The default strength of an objective, which dqo_step then knows by name."""
     if name not in dqo.OBJECTIVES:
         where = name if ":" in name else f"{RESULTS}/rivals.py:{name}"
         try:
             dqo.OBJECTIVES[name] = function_in(where)
-        except BadInput:
-            raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}, of data/"
-                           "results/rivals.py, and no file.py:function") from None
+        except BadInput as error:
+            error = str(error).removeprefix(f"{RESULTS}/")
+            raise BadInput(f"--objective {name}: none of {', '.join(dqo.OBJECTIVES)}; as "
+                           f"file.py:function {error}") from None
     alpha = inspect.signature(dqo.OBJECTIVES[name]).parameters.get("alpha")
     if not isinstance(getattr(alpha, "default", None), (int, float)):
         raise BadInput(f"--objective {name}: it needs a parameter alpha=NUMBER")
@@ -157,8 +158,8 @@ class AdaptersOff:
 
 # ---- the run folder
 def save(out, step, model, tokenizer, optimizer, known):
-    """All that the next step needs; its random numbers are a function of the seed and the step.
-    Written under another name and renamed: a folder called step-N is complete."""
+    """All that the next step needs; its random numbers are a function of seed and step.
+    Written under another name, then renamed: step-N is complete."""
     if (out / f"step-{step}").exists():
         return
     new = out / "writing"
@@ -201,7 +202,7 @@ def show(step, samples, metrics):
 
 
 def train(options, inputs):
-    """From files to the table at the end. inputs: the hashes with which a resumed run began."""
+    """From files to the final table. inputs: the hashes with which a resumed run began."""
     out, done, checkpoint = Path(options.out), 0, None
     rows, test_rows = (load_rows(options.data, split, limit) for split, limit in (
         ("train", options.limit), ("test", min(options.limit or 32, 32))))
@@ -220,7 +221,7 @@ def train(options, inputs):
     if "strftime_now" in str(tokenizer.chat_template):
         print("WARNING  the chat template writes today's date: see Models in data/README.md")
 
-    stop = []  # the first Ctrl-C or SIGTERM ends the run after its step, a second one at once
+    stop = []  # the first Ctrl-C or SIGTERM ends the run after its step, a second at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: sys.exit(128 + n) if stop else stop.append(n))
     bar = tqdm(range(done + 1, options.steps + 1), initial=done, total=options.steps,
@@ -282,7 +283,7 @@ def open_run(out, done, options, inputs):
 
 
 def conclude(out, options, policy, reference, encoder, reward, rows):
-    """Table and picture of this run and its base model; beside a default run GRPO, recorded."""
+    """Table and picture of this run and its base; beside a default run GRPO, recorded."""
     def measured(name, policy, rows, **more):
         return eval.evaluate(name, policy, encoder, reward, rows, replace(options, **more),
                              keep=groups.append)
@@ -303,10 +304,11 @@ def conclude(out, options, policy, reference, encoder, reward, rows):
             marked = (x["response"] + "*" * (x["quality"] < 1) for x in group)
             print(f"{name:>20}  {', '.join(marked)}")
     eval.plot(test, out / "run.png", hard)
+    other = "dqo" if options.objective == "grpo" else "grpo"
     print(f"""
-The model is in {out}, the picture in {out}/run.png. To compare, on the same --data:
-    python train.py --objective grpo
-    python eval.py {options.model} {out} runs/grpo""")
+The model and run.png are in {out}. To compare, on its --data:
+    python train.py --objective {other}
+    python eval.py {options.model} {out} runs/{other}""")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Writes the four miniature tasks (data/*.jsonl) and pre-trains the tiny base model (data/tiny/).
 
-    python data/make_tiny.py     # rebuilds what is here; ten minutes on one core
+    python data/make_tiny.py     # rebuilds this; ten minutes on one core
 
-RL can only sharpen what the base model does now and then. So it is **diverse and half right**:
-prompts of its corpus have many right answers, some far more popular (Zipf), and 30-50 % are wrong
-as those of real models. Test prompts combine known parts anew, hard ones rare parts.
+RL can only sharpen what the base model sometimes does. So it is **diverse and half right**:
+prompts of its corpus have many right answers, some far more popular (Zipf), and 30-50 % wrong,
+as those of real models. Test prompts combine parts anew, hard ones rare parts.
 """
 
 import json

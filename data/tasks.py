@@ -211,18 +211,19 @@ def puzzle_set(name, seed):
 def puzzle(row, response):
     """What reasoning-gym pays for what is in <answer>."""
     from reasoning_gym.utils import extract_answer
-    task = puzzle_set(row["puzzle"], 0)
+    task = puzzle_set(*row["puzzle"])
     try:
         return task.score_answer(extract_answer(response), row)
-    except Exception:  # some raise at what they cannot read
+    except Exception:  # some raise at nonsense
         return 0.0
 
 
 def puzzles(name, split):
-    """(where, row) of each, from a seed of its own."""
+    """(where, row) of each, from its own seed."""
     from reasoning_gym.utils import SYSTEM_PROMPTS
-    for row in puzzle_set(name, 0 if split == "train" else 1000):
-        yield f"rg:{name}", dict(row, puzzle=name, answer=str(row["answer"]),
+    which = name, 0 if split == "train" else 1000
+    for row in puzzle_set(*which):
+        yield f"rg:{name}", dict(row, puzzle=which, answer=str(row["answer"]),
                                  prompt=f"{SYSTEM_PROMPTS['simple']}\n\n{row['question']}")
 
 
@@ -352,7 +353,7 @@ def load_reward(name, rows):
     for row in rows:
         task, answer = name or row["_task"], row.get("answer")
         if task_of(task).reward is None:
-            raise BadInput(f"--reward: not one of {task}; give {', '.join(TASKS)}, hf:MODEL, or "
+            raise BadInput(f"--reward: {task} has none; give {', '.join(TASKS)}, hf:MODEL, or "
                            "file.py:function")
         try:
             if answer in (None, ""):

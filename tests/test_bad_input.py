@@ -112,7 +112,7 @@ BAD = [  # a command, and what its message must say
     (f"{TRAIN} --baseline median", "--baseline", "median", "none"),
     (f"{TRAIN} --template [1]", "--template", "[1]"),
     (f"{EVAL} data/tiny --n 0", "--n"),
-    (f"{TRAIN} --reward none", "--reward", "not one of none"),
+    (f"{TRAIN} --reward none", "--reward", "none has none"),
     # models and encoders
     (f"{TRAIN} --model no/such", "--model no/such"),
     (f"{EVAL} no/such", "no/such"),

@@ -63,6 +63,11 @@ def prompts_of(words):
     return [" ".join(every[i:i + words]) for i in range(99)] if words else texts
 
 
+def peak_gb():
+    """Of this process."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
 # ---- a process that makes a step for each line on its standard input
 class Turns:
     def __init__(self, model):
@@ -78,7 +83,7 @@ class Turns:
         self.tokens, self.start = 0, perf_counter()
 
     def answer(self):
-        gb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+        gb = peak_gb()
         if GPU:
             torch.cuda.synchronize()
             gb = torch.cuda.max_memory_allocated() / 2 ** 30

@@ -5,7 +5,6 @@
 
 import itertools
 import os
-import resource
 import sys
 from multiprocessing import get_context
 
@@ -20,10 +19,10 @@ def added(case):
     """From two and six responses, in a process of its own."""
     shape, bf16, lora, checkpointed = case
     model, _ = bench.make_model(shape, bool(bf16))
-    if checkpointed:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     if lora:
         model = bench.with_adapters(dqo.freeze(model))
+    if checkpointed:
+        model.activation_checkpointing_enable()
     model.train()
     peak = {}
     for k in (1, 2, 6):  # the first allocates the gradient
@@ -31,8 +30,8 @@ def added(case):
         rollout = dqo.Rollout(tokens[0, :1], tokens[0, :1], tokens, tokens > 0, tokens * 0.0,
                               [], [], None)
         dqo.token_logps(model, rollout).sum().backward()
-        peak[k] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak[6] - peak[2]) / 4 / 2 ** 20
+        peak[k] = bench.peak_gb()
+    return (peak[6] - peak[2]) / 4
 
 
 if __name__ == "__main__":
